@@ -1,0 +1,252 @@
+"""Conversation <-> text: the prompt of a chat, the clean-up of an answer, and `chat` / `stream_chat` of the model."""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import LogitsProcessorList
+
+from .generation import InvalidScoreLogitsProcessor
+
+History = Sequence[tuple[str, str]]
+
+REPLACEMENT_CHARACTER = "\ufffd"  # what decoding shows for a character whose bytes are not complete
+FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+HANZI = "[\u4e00-\u9fff]"
+BESIDE_HANZI = [
+    (sign, wide, re.compile(f"(?<={HANZI}){re.escape(sign)}"), re.compile(f"{re.escape(sign)}(?={HANZI})"))
+    for sign, wide in FULL_WIDTH.items()
+]
+
+
+def build_prompt(query: str, history: History | None = None) -> str:
+    """The text that the model continues: the query itself, or all rounds numbered from 0 and an open `答：`."""
+    if not history:
+        return query
+    rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
+    return "".join(rounds) + f"[Round {len(rounds)}]\n问：{query}\n答："
+
+
+def process_response(text: str) -> str:
+    """The answer as shown: trimmed, with full-width punctuation beside Hanzi (U+4E00..U+9FFF) restored."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for sign, wide, behind, before in BESIDE_HANZI:
+        if sign in text:
+            text = before.sub(wide, behind.sub(wide, text))
+    return text
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises TypeError if text is not a string, ValueError if it holds half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid Unicode, got a lone surrogate {text[error.start]!r} at index {error.start}"
+        ) from error
+
+
+def check_history(history: History | None) -> list[tuple[str, str]]:
+    """history as a new list; TypeError or ValueError unless it is a list of (query, response) pairs of strings."""
+    if history is None:
+        return []
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise TypeError(f"history must be a list of (query, response) pairs, got {type(history).__name__}")
+    for i, pair in enumerate(history):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"history[{i}] must be a (query, response) pair, got {pair!r}")
+        check_text(f"the query of history[{i}]", pair[0])
+        check_text(f"the response of history[{i}]", pair[1])
+    return list(history)
+
+
+def check_number(name: str, value, low: float, high: float, allowed: str) -> None:
+    """Raises TypeError or ValueError unless value is a number in [low, high]; allowed says what would do."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+    if not low <= value <= high or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_length(name: str, value) -> None:
+    """Raises TypeError or ValueError unless value is a positive whole number of tokens."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of tokens, got {type(value).__name__}")
+    check_number(name, value, 1, math.inf, "at least 1 token")
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """text up to the first stop string, and whether one was found."""
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def hold_back(text: str, stop: Sequence[str]) -> str:
+    """text without an end that may yet grow into a stop string."""
+    longest = max(map(len, stop), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-length:]) for string in stop):
+            return text[:-length]
+    return text
+
+
+class ChatMixin:
+    """`chat` and `stream_chat` for a model with `generate` and `stream_generate`."""
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: History | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor=None,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | str | None = None,
+        seed: int | None = None,
+        truncate_history: bool = True,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """The answer to query, and history with this round added (a new list).
+
+        history           earlier rounds, (query, response) each
+        max_length        most tokens of prompt + answer
+        num_beams         beams of beam search; 1 = none
+        top_p             sample among the likeliest tokens that reach this probability, in [0, 1]
+        temperature       0 = always the likeliest token; higher = more varied
+        max_new_tokens    most tokens of the answer; replaces max_length as the limit of the answer
+        stop              the answer ends before any of these strings
+        seed              makes sampling repeatable
+        truncate_history  drop the oldest rounds, with a warning, when the prompt leaves no room for an answer
+
+        Other keywords go to `generate`. Raises TypeError or ValueError for arguments that make no sense, and ValueError
+        if the query alone (with truncate_history=False: with its history) does not fit into max_length.
+        """
+        inputs, options, stop = self._prepare_chat(
+            tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
+            max_new_tokens, stop, truncate_history, kwargs,
+        )  # fmt: skip
+        if num_beams > 1:
+            with torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                ids = self.generate(**inputs, num_beams=num_beams, **options)
+            response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
+        else:
+            ids = inputs["input_ids"]
+            steps = self.stream_generate(**inputs, **options, generator=self._generator(seed), yield_last=True)
+            for ids in steps:
+                if stop and cut_at_stop(self._response(tokenizer, ids, inputs), stop)[1]:
+                    break
+            response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
+        return response, [*(history or []), (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: History | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor=None,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | str | None = None,
+        seed: int | None = None,
+        truncate_history: bool = True,
+        **kwargs,
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Yields (answer so far, new history) after each token; the arguments are those of `chat`.
+
+        Every answer is whole text: a character whose bytes are not all there yet, or an end that may become a stop
+        string, is held back. Closing the iterator stops the work. As in the original, the token that reaches the length
+        limit is not shown.
+        """
+        inputs, options, stop = self._prepare_chat(
+            tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
+            max_new_tokens, stop, truncate_history, kwargs,
+        )  # fmt: skip
+        earlier = list(history or [])
+        response = shown = ""
+        for ids in self.stream_generate(**inputs, **options, generator=self._generator(seed)):
+            response, stopped = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
+            shown = response if stopped else hold_back(response, stop)
+            yield shown, [*earlier, (query, shown)]
+            if stopped:
+                return
+        if shown != response:
+            yield response, [*earlier, (query, response)]
+
+    def _prepare_chat(
+        self, tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
+        max_new_tokens, stop, truncate_history, kwargs,
+    ):  # fmt: skip
+        """Checked model inputs, options of `generate` and stop strings."""
+        check_text("query", query)
+        check_length("max_length", max_length)
+        check_number("top_p", top_p, 0, 1, "a number from 0 to 1")
+        check_number("temperature", temperature, 0, 1e6, "a number of at least 0")
+        if max_new_tokens is not None:
+            check_length("max_new_tokens", max_new_tokens)
+        stop = [stop] if isinstance(stop, str) else list(stop or [])
+        for string in stop:
+            check_text("a stop string", string)
+            if not string:
+                raise ValueError("a stop string must not be empty")
+
+        ids = self._fit_prompt(tokenizer, query, check_history(history), max_length, max_new_tokens, truncate_history)
+        input_ids = torch.tensor([ids], device=self.device)
+        # All ones: a literal <pad> in the query is text, not padding.
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        options = dict(kwargs)
+        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
+        options["do_sample"] = do_sample and temperature > 0
+        if options["do_sample"]:
+            options.update(top_p=top_p, temperature=temperature)
+        if max_new_tokens is None:
+            options["max_length"] = max_length
+        else:
+            options["max_new_tokens"] = max_new_tokens
+        return inputs, options, stop
+
+    @staticmethod
+    def _fit_prompt(tokenizer, query, history, max_length, max_new_tokens, truncate_history) -> list[int]:
+        """Ids of the prompt, without the oldest rounds if they leave no room for an answer within max_length."""
+        room = max_new_tokens or max(1, max_length // 8)
+        for dropped in range(len(history) + 1):
+            ids = tokenizer(build_prompt(query, history[dropped:]))["input_ids"]
+            if len(ids) + room <= max_length or not truncate_history:
+                break
+        if len(ids) >= max_length:
+            what = "query and history have" if dropped < len(history) else "the query has"
+            raise ValueError(
+                f"{what} {len(ids)} tokens and max_length is {max_length}: "
+                f"shorten the text or raise max_length above {len(ids)}"
+            )
+        if dropped:
+            warnings.warn(
+                f"dropped the oldest {dropped} of {len(history)} rounds of history to leave room for an answer within "
+                f"max_length {max_length}; truncate_history=False turns this off",
+                UserWarning,
+                stacklevel=4,
+            )
+        return ids
+
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(self.device).manual_seed(seed)
+
+    @staticmethod
+    def _response(tokenizer, ids: torch.Tensor, inputs: dict) -> str:
+        text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :].tolist())
+        return process_response(text.replace(REPLACEMENT_CHARACTER, ""))

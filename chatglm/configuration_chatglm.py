@@ -1,0 +1,77 @@
+"""Sizes and switches of a ChatGLM-6B model. The defaults are those of the first release (150528 entries)."""
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Every size of the network by name.
+
+    vocab_size              rows of the embedding and of the head; may exceed the tokenizer's pieces
+    hidden_size             width of the residual stream; a multiple of num_attention_heads
+    num_layers              transformer layers
+    num_attention_heads     heads per layer; head_dim = hidden_size // num_attention_heads, a multiple of 4
+    inner_hidden_size       width inside the MLP
+    layernorm_epsilon       added to the variance in every layer norm
+    use_cache               keep keys and values between generation steps
+    bos_token_id            `<sop>`: ends the prompt, starts the answer
+    eos_token_id            `<eop>`: ends the answer
+    mask_token_id           `[MASK]`: a short gap to fill
+    gmask_token_id          `[gMASK]`: an open-ended answer
+    pad_token_id            fills short rows of a batch
+    max_sequence_length     length used in training, tokens; not enforced
+    position_encoding_2d    two position streams (place in the prompt, place in the answer) or one
+    quantization_bit        0, 4 or 8 bits per weight of the linear layers
+    quantization_embeddings embedding and head quantised too
+    pre_seq_len             length of the P-Tuning v2 prefix in tokens; None = no prefix encoder
+    prefix_projection       the prefix goes through a two-layer MLP
+    tie_word_embeddings     head and embedding share one matrix
+
+    Raises ValueError if sizes do not fit together.
+    """
+
+    model_type = "chatglm"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "layer_norm_eps": "layernorm_epsilon",
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 150528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    use_cache: bool = False
+    bos_token_id: int | None = 150004
+    eos_token_id: int | list[int] | None = 150005
+    mask_token_id: int = 150000
+    gmask_token_id: int = 150001
+    pad_token_id: int | None = 0
+    max_sequence_length: int = 2048
+    position_encoding_2d: bool = True
+    quantization_bit: int = 0
+    quantization_embeddings: bool = False
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        rotary_parts = 2 if self.position_encoding_2d else 1
+        if self.hidden_size % self.num_attention_heads or self.head_dim % (2 * rotary_parts):
+            raise ValueError(
+                f"hidden_size must be num_attention_heads times a multiple of {2 * rotary_parts}, "
+                f"got hidden_size {self.hidden_size} and num_attention_heads {self.num_attention_heads}"
+            )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len must be a positive number of tokens or None, got {self.pre_seq_len}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads

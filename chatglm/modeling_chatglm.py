@@ -1,0 +1,398 @@
+"""The network of ChatGLM-6B, top to bottom.
+
+What is unusual (GLM, arXiv 2103.10360; GLM-130B, arXiv 2210.02414):
+
+* The prompt, everything before `<sop>`, attends to itself in both directions; the answer is causal.
+* Two position streams: the place in the prompt and the place in the answer, each rotating half of every head.
+* The residual adds the *normalised* input, scaled by alpha (DeepNorm's place of the norm, without its post-norm).
+* Queries, keys and values are interleaved per head in one projection.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .chat import ChatMixin
+from .configuration_chatglm import ChatGLMConfig
+from .generation import ChatGLMGenerationMixin
+
+# The constant 28 belongs to the architecture: the residual factor does not follow config.num_layers.
+ALPHA = (2 * 28) ** 0.5
+PREFIX_DROPOUT = 0.1
+MASKED_SCORE = -10000.0
+
+
+@lru_cache
+def inverse_frequencies(rotary_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Angle per position of each channel pair, [rotary_dim // 2]. Source: RoFormer (arXiv 2104.09864), 3.2.2."""
+    exponents = torch.arange(0, rotary_dim, 2, device="cpu", dtype=torch.float32) / rotary_dim
+    # Rounded to float16 whatever the dtype: the released weights were trained with these values.
+    return (1.0 / 10000.0**exponents).to(torch.float16).to(device=device, dtype=dtype)
+
+
+def rotary_embedding(
+    position_ids: torch.Tensor, rotary_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position, each [*position_ids.shape, rotary_dim] in dtype.
+
+    In half precision positions, frequencies and angles are rounded too, as in the published use of the weights.
+    """
+    angles = position_ids.to(dtype)[..., None] * inverse_frequencies(rotary_dim, dtype, position_ids.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate every head by its positions.
+
+    states    [batch, heads, seq_len, head_dim], queries or keys
+    cos, sin  [batch, streams, seq_len, head_dim // streams]: stream i rotates the i-th part of the head
+
+    Returns the rotated states, same shape and dtype. Source: GLM, "2D Positional Encoding".
+    """
+    streams = cos.shape[1]
+    parts = states.unflatten(-1, (streams, -1))  # [batch, heads, seq_len, streams, head_dim // streams]
+    first, second = parts.chunk(2, dim=-1)  # channel i turns with channel i + half, inside its part
+    cos, sin = (table.transpose(1, 2).unsqueeze(1).to(states.dtype) for table in (cos, sin))
+    return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch: output [batch, query_len, heads, head_dim] and weights [batch, heads, query_len, kv_len].
+
+    attention_mask is bool (True = visible) or additive. A row that sees nothing gets uniform weights, never NaN.
+    """
+    # Scores are divided by layer + 1 in the model dtype and multiplied back in float32: float16 overflows otherwise.
+    layer_number = module.layer_idx + 1
+    scores = torch.matmul(query * (scaling / layer_number), key.transpose(2, 3))
+    if attention_mask is not None:
+        hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
+        scores = scores.masked_fill(hidden, MASKED_SCORE)
+    weights = torch.softmax(scores.float() * layer_number, dim=-1).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with rotary positions."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False  # the mask says everything; without one, nothing is hidden
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, rotary, attention_mask=None, prefix=None, past_key_values=None, **kwargs):
+        """Returns the attention output [batch, seq_len, hidden_size] and the weights (None with sdpa)."""
+        batch, seq_len, _ = hidden_states.shape
+        mixed = self.query_key_value(hidden_states).view(batch, seq_len, self.num_heads, -1)
+        query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)  # [batch, heads, seq_len, head_dim]
+        query = apply_rotary(query, *rotary)
+        key = apply_rotary(key, *rotary)
+        if prefix is not None:  # [2, batch, heads, pre_seq_len, head_dim]; prefix keys are not rotated
+            key = torch.cat((prefix[0].to(key.dtype), key), dim=2)
+            value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.dense(output.reshape(batch, seq_len, -1)), weights
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them, no gate."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One transformer layer."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states, rotary, attention_mask=None, prefix=None, past_key_values=None, **kwargs):
+        """Returns the new hidden states [batch, seq_len, hidden_size]."""
+        # The residual starts from the normalised input; the released weights were trained this way.
+        normed = self.input_layernorm(hidden_states)
+        attention_output, _ = self.attention(
+            normed, rotary, attention_mask, prefix=prefix, past_key_values=past_key_values, **kwargs
+        )
+        normed = self.post_attention_layernorm(torch.add(attention_output, normed, alpha=ALPHA))
+        return torch.add(self.mlp(normed), normed, alpha=ALPHA)
+
+
+class PrefixEncoder(nn.Module):
+    """Trainable keys and values in front of every layer. Source: P-Tuning v2 (arXiv 2110.07602), section 3.
+
+    forward(batch) gives [num_layers, 2, batch, heads, pre_seq_len, head_dim]: the key and the value of each layer.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        width = config.num_layers * 2 * config.hidden_size
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, width),
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, width)
+        self.dropout = nn.Dropout(PREFIX_DROPOUT)
+
+    def forward(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
+        config = self.config
+        prefix = self.embedding.weight  # [pre_seq_len, width]
+        if config.prefix_projection:
+            prefix = self.trans(prefix)
+        prefix = prefix.to(dtype).expand(batch, -1, -1)
+        prefix = prefix.view(
+            batch, config.pre_seq_len, config.num_layers, 2, config.num_attention_heads, config.head_dim
+        )
+        return self.dropout(prefix).permute(2, 3, 0, 4, 1, 5)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers has to know about the family."""
+
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("ChatGLMBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ("prefix_encoder",)
+    # Published checkpoints carry the rotary frequencies; they are computed, never loaded.
+    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$",)
+    _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": SelfAttention}  # noqa: RUF012
+
+    def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Positions of whole rows: [batch, 2, seq_len], or [batch, seq_len] for a model with one stream.
+
+        input_ids       [batch, seq_len], each row with `<sop>` and with `[gMASK]` or `[MASK]`
+        attention_mask  [batch, seq_len], 0 = padding; positions start behind the padding on the left
+
+        Raises ValueError for a row without those tokens.
+        """
+        config = self.config
+        in_answer = is_answer(input_ids, config)
+        has_gmask = (input_ids == config.gmask_token_id).any(-1, keepdim=True)
+        mask_token = torch.where(has_gmask, config.gmask_token_id, config.mask_token_id)
+        is_mask_token = input_ids == mask_token
+        if not bool((in_answer[:, -1:] & is_mask_token.any(-1, keepdim=True)).all()):
+            raise ValueError(
+                f"every row of input_ids needs <sop> (id {config.bos_token_id}), and [gMASK] or [MASK] "
+                f"(id {config.gmask_token_id} or {config.mask_token_id}): truncate text, not these tokens"
+            )
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+        answer_places = in_answer.cumsum(-1)
+        if attention_mask is not None:
+            places = (places - (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)).clamp(min=0)
+        gap = places.gather(-1, is_mask_token.int().argmax(-1, keepdim=True))  # place of the first mask token
+        if config.position_encoding_2d:
+            return torch.stack((torch.where(in_answer, gap, places), answer_places), dim=1)
+        return torch.where(in_answer & ~has_gmask, gap, places)
+
+
+def is_answer(input_ids: torch.Tensor, config: ChatGLMConfig) -> torch.Tensor:
+    """True from the first `<sop>` on, [batch, seq_len]."""
+    return (input_ids == config.bos_token_id).cumsum(-1) > 0
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embedding, layers and final norm, with the prefix encoder in front of the layers if config.pre_seq_len is set."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.pre_seq_len is not None:
+            self.requires_grad_(False)  # P-Tuning trains the prefix alone
+            self.prefix_encoder = PrefixEncoder(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        """Replace the token embedding."""
+        self.word_embeddings = value
+
+    def _visible(self, input_ids, inputs_embeds, attention_mask, past_key_values, past_length) -> torch.Tensor | None:
+        """Mask for the attention function: what each query may see, None if everything."""
+        pre_seq_len = self.config.pre_seq_len or 0
+        if attention_mask is not None and attention_mask.dim() == 4:
+            visible = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask
+            return nn.functional.pad(visible, (pre_seq_len, 0), value=visible.dtype == torch.bool)
+        blocks = None
+        if past_length == 0:
+            if input_ids is None:
+                raise ValueError("inputs_embeds without input_ids needs a 4-D attention_mask: <sop> cannot be found")
+            # One block for the prompt, seen both ways; -1 stays causal.
+            blocks = torch.where(is_answer(input_ids, self.config), -1, 0)
+        elif attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (pre_seq_len, 0), value=1)
+        visible = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            block_sequence_ids=blocks,
+            allow_is_causal_skip=inputs_embeds.shape[1] == 1,
+        )
+        if visible is not None and past_length == 0 and pre_seq_len:
+            visible = nn.functional.pad(visible, (pre_seq_len, 0), value=visible.dtype == torch.bool)
+        return visible
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm, [batch, seq_len, hidden_size].
+
+        input_ids        [batch, seq_len]
+        position_ids     [batch, 2, seq_len]; made from input_ids when absent, required once the cache holds tokens
+        attention_mask   [batch, seq_len], 1 = real token, 0 = padding; or bool [batch, 1, query, key], True = hidden
+        past_key_values  keys and values of earlier tokens (behind the prefix, if there is one)
+
+        Raises ValueError if positions are missing and cannot be made.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("either input_ids or inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            if input_ids is None or past_length:
+                raise ValueError("position_ids must be given with inputs_embeds or when past_key_values holds tokens")
+            padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            position_ids = self.get_position_ids(input_ids, padding)
+        if position_ids.dim() == 2:
+            position_ids = position_ids[:, None]  # [batch, streams, seq_len]
+
+        visible = self._visible(input_ids, inputs_embeds, attention_mask, past_key_values, past_length)
+        rotary = rotary_embedding(position_ids, self.config.head_dim // position_ids.shape[1], inputs_embeds.dtype)
+        prefix = [None] * self.config.num_layers
+        if self.config.pre_seq_len is not None and past_length == 0:
+            prefix = self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)
+
+        hidden_states = inputs_embeds
+        for layer, layer_prefix in zip(self.layers, prefix, strict=True):
+            hidden_states = layer(
+                hidden_states, rotary, visible, layer_prefix, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLMGenerationMixin):
+    """ChatGLM-6B with its head: logits, loss, generation and chat."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.pre_seq_len is not None:
+            self.lm_head.requires_grad_(False)
+        self.post_init()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the folder names its code for every Auto class of this model."""
+        source = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), source)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, seq_len, vocab_size], and the mean loss if labels [batch, seq_len] are given (-100 = ignored).
+
+        logits_to_keep > 0 computes only the last that many positions. The other arguments are those of ChatGLMModel.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs).to(hidden_states.dtype)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,304 @@
+"""Train the embedded model from scratch: `python pretraining/train.py`.
+
+GLM's own objective in the chat format: the prompt as `chat` builds it, `[gMASK] <sop>`, the answer, `<eop>`; the prompt
+is read in both directions, and only the answer is learnt. Weights stay in float32, matrix products run in bfloat16.
+Matrices are trained with Muon, the rest with AdamW. The learning rate warms up, stays, and falls to zero at the end.
+
+One seed decides everything: initial weights, phrasings, generated dialogues and the order of batches. A run that was
+interrupted continues from its newest checkpoint with the same batches; on the same machine it ends bit-equal.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
+from chatglm.chat import build_prompt  # noqa: E402
+from pretraining.corpus import CORPUS_FOLDER, load_dialogues, training_examples  # noqa: E402
+
+IGNORED = -100
+GRADIENT_NORM = 1.0
+SMOOTHING = 0.98  # of the loss that is shown
+
+
+@dataclass
+class Row:
+    """One example as ids; answer_start is the index of its first answer token."""
+
+    ids: list[int]
+    answer_start: int
+
+
+@dataclass
+class Batch:
+    """input_ids and labels [batch, seq_len], padded on the right; labels are -100 but for the answers."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def encode_example(example, tokenizer: ChatGLMTokenizer, max_length: int) -> Row | None:
+    """The example as ids, or None if it is longer than max_length tokens."""
+    prompt = tokenizer(build_prompt(example.query, example.history))["input_ids"]
+    answer = tokenizer.encode(example.answer, add_special_tokens=False)
+    ids = [*prompt, *answer, tokenizer.eos_token_id]
+    return Row(ids, len(prompt)) if len(ids) <= max_length else None
+
+
+def collate(rows: list[Row], pad_token_id: int) -> Batch:
+    """Rows of similar length as one batch. Padding behind the answer needs no mask: the answer is causal."""
+    width = max(len(row.ids) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    labels = torch.full((len(rows), width), IGNORED)
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row.ids)
+        input_ids[i, : len(ids)] = ids
+        labels[i, row.answer_start : len(ids)] = ids[row.answer_start :]
+    return Batch(input_ids, labels)
+
+
+def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int, max_length: int) -> list[Batch]:
+    """The batches of one epoch: rows of similar length together, at most batch_tokens with padding, in random order."""
+    rng = random.Random(f"{seed}/{epoch}")
+    rows = [encode_example(example, tokenizer, max_length) for example in training_examples(dialogues, rng)]
+    rows = sorted((row for row in rows if row is not None), key=lambda row: len(row.ids) + rng.random() * 4)
+    batches, current = [], []
+    for row in rows:
+        if current and max(len(row.ids), *(len(r.ids) for r in current)) * (len(current) + 1) > batch_tokens:
+            batches.append(current)
+            current = []
+        current.append(row)
+    batches.append(current)
+    rng.shuffle(batches)
+    return [collate(batch, tokenizer.pad_token_id) for batch in batches]
+
+
+def stream_batches(make_epoch, start_epoch: int, start_batch: int) -> Iterator[tuple[int, int, Batch]]:
+    """(epoch, index, batch) for ever, from the given place on."""
+    epoch = start_epoch
+    while True:
+        for index, batch in enumerate(make_epoch(epoch)):
+            if epoch > start_epoch or index >= start_batch:
+                yield epoch, index, batch
+        epoch += 1
+
+
+def answer_loss(model: ChatGLMForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Mean cross entropy of the answer tokens; the head runs on the positions that predict one, and on no other."""
+    hidden_states = model.transformer(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    targets = batch.labels[:, 1:]
+    predicts = targets != IGNORED
+    logits = model.lm_head(hidden_states[:, :-1][predicts])
+    return nn.functional.cross_entropy(logits.float(), targets[predicts])
+
+
+def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGeneration:
+    """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly."""
+    torch.manual_seed(seed)
+    model = ChatGLMForConditionalGeneration(config)
+    for layer in model.transformer.layers:
+        for name, weight in layer.named_parameters():
+            if weight.dim() == 2:
+                # The projection interleaves three matrices: each gets the range of its own shape.
+                fan_out = weight.shape[0] // 3 if "query_key_value" in name else weight.shape[0]
+                bound = (6 / (weight.shape[1] + fan_out)) ** 0.5
+                nn.init.uniform_(weight, -bound, bound)
+    return model
+
+
+def make_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for embedding, head, norms and biases."""
+    matrices = [p for p in model.transformer.layers.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Factor of the learning rate: rises over warmup steps, falls linearly to 0 over the last part (decay)."""
+    falling = max(1, round(steps * decay))
+    return min(1.0, (step + 1) / max(1, warmup), max(0.0, (steps - step) / falling))
+
+
+def write_atomically(write, path: Path) -> None:
+    """Call write(temporary path), then rename: a file of that name is always whole."""
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    temporary.replace(path)
+
+
+def plot_loss(log: Path, picture: Path) -> None:
+    """Draw the loss of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.plot([p["tokens"] / 1e6 for p in points], [p["loss"] for p in points], linewidth=1)
+    axes.set(xlabel="million tokens seen", ylabel="loss per answer token (nats)", yscale="log", title="ChatGLM-Tiny")
+    axes.grid(which="both", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+
+
+def save_model(model: ChatGLMForConditionalGeneration, tokenizer: ChatGLMTokenizer, folder: Path) -> None:
+    """Write the finished model in float16, as load_model reads it."""
+    finished = ChatGLMForConditionalGeneration(model.config)
+    finished.load_state_dict(model.state_dict())
+    finished.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All settings; the defaults are those of the embedded model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--corpus", type=Path, default=CORPUS_FOLDER, help="folder of dialogues (default: %(default)s)")
+    add(
+        "--tokenizer",
+        type=Path,
+        default=ROOT / "chatglm" / "tiny",
+        help="folder of the vocabulary (default: %(default)s)",
+    )
+    add(
+        "--run",
+        type=Path,
+        default=ROOT / "pretraining" / "run",
+        help="checkpoints, log and plot (default: %(default)s)",
+    )
+    add("--output", type=Path, default=ROOT / "chatglm" / "tiny", help="the finished model (default: %(default)s)")
+    add("--steps", type=int, default=3000, help="batches to train on (default: 3000)")
+    add("--batch_tokens", type=int, default=4096, help="most tokens of a batch, padding included (default: 4096)")
+    add("--max_length", type=int, default=512, help="longer examples are left out, tokens (default: 512)")
+    add("--hidden_size", type=int, default=384)
+    add("--num_layers", type=int, default=6)
+    add("--num_attention_heads", type=int, default=6)
+    add("--muon_lr", type=float, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
+    add("--adam_lr", type=float, default=3e-3, help="learning rate of everything else (default: 3e-3)")
+    add("--warmup", type=int, default=100, help="steps of rising learning rate (default: 100)")
+    add("--decay", type=float, default=0.4, help="last part of the run with falling learning rate (default: 0.4)")
+    add("--save_every", type=int, default=200, help="steps between checkpoints (default: 200)")
+    add("--seed", type=int, default=0, help="decides everything random (default: 0)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, or continue training; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    tokenizer = ChatGLMTokenizer.from_pretrained(args.tokenizer)
+    dialogues = load_dialogues(args.corpus)
+    config = ChatGLMConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=args.hidden_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        inner_hidden_size=4 * args.hidden_size,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        gmask_token_id=tokenizer.gmask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,  # an own head learns faster at this size: the residual favours repeating the input
+    )
+    model = initial_model(config, args.seed)
+    optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    args.run.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = args.run / "checkpoint.pt", args.run / "log.jsonl"
+    step = tokens = epoch = batch_index = 0
+    seconds, smoothed = 0.0, None
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, tokens, epoch, batch_index = state["step"], state["tokens"], state["epoch"], state["batch_index"]
+        seconds, smoothed = state["seconds"], state["loss"]
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))
+        print(f"continuing at step {step} of {args.steps} from {checkpoint}", file=sys.stderr)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, {len(dialogues)} dialogues, {args.steps} steps", file=sys.stderr)
+
+    def make_epoch(number):
+        return epoch_batches(dialogues, tokenizer, args.seed, number, args.batch_tokens, args.max_length)
+
+    def save(step, epoch, batch_index):
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step, "tokens": tokens, "epoch": epoch, "batch_index": batch_index,
+            "seconds": seconds, "loss": smoothed,
+        }  # fmt: skip
+        write_atomically(lambda path: torch.save(state, path), checkpoint)
+        plot_loss(log, args.run / "loss.png")
+
+    model.train()
+    batches = stream_batches(make_epoch, epoch, batch_index)
+    clock = time.perf_counter()
+    while step < args.steps:
+        epoch, batch_index, batch = next(batches)
+        factor = lr_factor(step, args.steps, args.warmup, args.decay)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, base_rates, strict=True):
+            group["lr"] = rate * factor
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = answer_loss(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        value = loss.item()
+        if not value < float("inf"):
+            print(f"the loss is {value} at step {step}: lower the learning rates", file=sys.stderr)
+            return 1
+        smoothed = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
+        step += 1
+        tokens += batch.input_ids.numel()
+        now = time.perf_counter()
+        seconds, clock = seconds + now - clock, now
+        if step % 10 == 0 or step == args.steps:
+            point = {"step": step, "tokens": tokens, "loss": round(smoothed, 4), "seconds": round(seconds)}
+            with log.open("a") as lines:
+                lines.write(json.dumps(point) + "\n")
+            left = seconds / step * (args.steps - step)
+            done = int(24 * step / args.steps)
+            print(
+                f"[{'#' * done:<24}] step {step}/{args.steps}   epoch {epoch}   loss {smoothed:.3f}   "
+                f"lr {factor:.2f}   {tokens / seconds:.0f} tokens/s   {left / 60:.0f} min left",
+                file=sys.stderr,
+                end="\n" if step % args.save_every == 0 or not sys.stderr.isatty() else "\r",
+                flush=True,
+            )
+        if step % args.save_every == 0 or step == args.steps:
+            save(step, epoch, batch_index + 1)
+
+    save_model(model, tokenizer, args.output)
+    print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
