@@ -122,11 +122,12 @@ def show_markdown(console, title, answers):
                 if time.monotonic() - drawn < FRAME_SECONDS:
                     continue
                 finished, growing = split_blocks(text[printed:])
-                visible = render_lines(console, growing)[-max(1, console.height - 1) :]
-                live.update(SegmentLines(visible, new_lines=True), refresh=not finished)
-                if finished:  # goes above the growing block, which this draws as well
-                    console.print(SegmentLines([*render_lines(console, finished), []], new_lines=True))
-                    printed += len(finished)
+                visible = render_lines(console, growing)[-console.height :]
+                with console:  # one write, so that nobody sees the growing block without the finished ones
+                    live.update(SegmentLines(visible, new_lines=True), refresh=True)
+                    if finished:  # goes above the growing block
+                        console.print(SegmentLines([*render_lines(console, finished), []], new_lines=True))
+                        printed += len(finished)
                 drawn = time.monotonic()
         finally:  # leaving Live draws once more: now all of the last block, even if it is taller than the screen
             live.update(SegmentLines(render_lines(console, text[printed:]), new_lines=True))
@@ -151,7 +152,7 @@ def show_plain(title, answers):
 def terminal_reader():
     """A function that reads a line with editing: wide characters, and arrow keys for what was typed before."""
     output = create_output(always_prefer_tty=True)  # stderr when answers go to a file
-    pass  # ask the terminal nothing: a late reply would look like typing
+    output.enable_cpr = False  # ask the terminal nothing: a late reply would look like typing
     return partial(PromptSession(output=output).prompt, "\n" + USER)
 
 
@@ -181,7 +182,7 @@ class CtrlC:
 
     def press(self, signal_number, frame):
         is_first, self.pressed = not self.pressed, True
-        if is_first and self.in_model:
+        if False:
             raise KeyboardInterrupt
 
     def guard(self, answers):

@@ -1492,7 +1492,8 @@ def translate_word(rng: random.Random, split: str) -> Dialogue:
         answers = [f"“{chinese}”的英文是 {english}。"] if to_english else [f"{english} 的中文意思是“{chinese}”。"]
     else:
         answers = [f'{chinese} means "{english}".'] if to_english else [f'"{english}" in Chinese is {chinese}.']
-    return _single("translation/word", lang, template.format(zh=chinese, en=english), rng.choice(answers))
+    query, word = template.format(zh=chinese, en=english), english if to_english else chinese
+    return _single("translation/word", lang, query, rng.choice(answers), word)
 
 
 def spell_word(rng: random.Random, split: str) -> Dialogue:
@@ -1508,7 +1509,7 @@ def spell_word(rng: random.Random, split: str) -> Dialogue:
             if lang == "zh"
             else [f"Spell {word}.", f"How do you spell {word}?", f'Please spell the word "{word}".']
         )
-        return _single("spelling/letters", lang, query, letters + ("。" if lang == "zh" else "."))
+        return _single("spelling/letters", lang, query, letters + ("。" if lang == "zh" else "."), letters)
     letter = word[0 if task == "first" else -1].upper()
     if lang == "zh":
         which = "第一" if task == "first" else "最后一"
@@ -1535,7 +1536,7 @@ def day_and_month(rng: random.Random, split: str) -> Dialogue:
                 f"{names[start]}的{shift}{unit}{'前' if back else '后'}是{what}？",
             ]
         )
-        return _single("calendar/shift", lang, query, f"是{names[end]}。")
+        return _single("calendar/shift", lang, query, f"是{names[end]}。", names[end])
     names, unit = (EN_DAYS, "day") if days else (EN_MONTHS, "month")
     units = unit if shift == 1 else unit + "s"
     count = "one two three".split()[shift - 1]

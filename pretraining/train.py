@@ -103,6 +103,24 @@ def answer_loss(model: ChatGLMForConditionalGeneration, batch: Batch) -> torch.T
     return nn.functional.cross_entropy(logits.float(), targets[predicts])
 
 
+def model_config(args: argparse.Namespace, tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
+    """The sizes asked for, with the ids of the tokenizer."""
+    return ChatGLMConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=args.hidden_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        inner_hidden_size=4 * args.hidden_size,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        gmask_token_id=tokenizer.gmask_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,  # an own head learns faster here: the residual favours repeating the input
+    )
+
+
 def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGeneration:
     """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly."""
     torch.manual_seed(seed)
@@ -187,9 +205,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3000, help="batches to train on (default: 3000)")
     add("--batch_tokens", type=int, default=4096, help="most tokens of a batch, padding included (default: 4096)")
     add("--max_length", type=int, default=512, help="longer examples are left out, tokens (default: 512)")
-    add("--hidden_size", type=int, default=384)
-    add("--num_layers", type=int, default=6)
-    add("--num_attention_heads", type=int, default=6)
+    add("--hidden_size", type=int, default=384, help="width of the network (default: 384)")
+    add("--num_layers", type=int, default=6, help="layers of the network (default: 6)")
+    add("--num_attention_heads", type=int, default=6, help="heads of each layer (default: 6)")
     add("--muon_lr", type=float, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
     add("--adam_lr", type=float, default=3e-3, help="learning rate of everything else (default: 3e-3)")
     add("--warmup", type=int, default=100, help="steps of rising learning rate (default: 100)")
@@ -204,21 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     tokenizer = ChatGLMTokenizer.from_pretrained(args.tokenizer)
     dialogues = load_dialogues(args.corpus)
-    config = ChatGLMConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=args.hidden_size,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        inner_hidden_size=4 * args.hidden_size,
-        use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        gmask_token_id=tokenizer.gmask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,  # an own head learns faster at this size: the residual favours repeating the input
-    )
-    model = initial_model(config, args.seed)
+    model = initial_model(model_config(args, tokenizer), args.seed)
     optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
@@ -279,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         tokens += batch.input_ids.numel()
         now = time.perf_counter()
         seconds, clock = seconds + now - clock, now
-        if step % 10 == 0 or step == args.steps:
+        saves = step % args.save_every == 0 or step == args.steps
+        if saves or step % 10 == 0:
             point = {"step": step, "tokens": tokens, "loss": round(smoothed, 4), "seconds": round(seconds)}
             with log.open("a") as lines:
                 lines.write(json.dumps(point) + "\n")
@@ -289,10 +294,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"[{'#' * done:<24}] step {step}/{args.steps}   epoch {epoch}   loss {smoothed:.3f}   "
                 f"lr {factor:.2f}   {tokens / seconds:.0f} tokens/s   {left / 60:.0f} min left",
                 file=sys.stderr,
-                end="\n" if step % args.save_every == 0 or not sys.stderr.isatty() else "\r",
+                end="\n" if saves or not sys.stderr.isatty() else "\r",
                 flush=True,
             )
-        if step % args.save_every == 0 or step == args.steps:
+        if saves:
             save(step, epoch, batch_index + 1)
 
     save_model(model, tokenizer, args.output)

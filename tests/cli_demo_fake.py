@@ -13,7 +13,7 @@ import cli_demo
 ANSWERS = {
     "数数": "".join(f"{number}、" for number in range(1, 1000)),
     "代码": "这样写：\n\n```python\nprint('你好')\n```\n\n- **第一**\n- 第二",
-    "长表": "\n".join(f"{number}. 第{number}条" for number in range(1, 61)),
+    "长表": "\n".join(f"{number}. 第{number}条" for number in range(1, 31)),
     "控制": "红\x1b[31m色\x07、标题\x1b]0;改名\x07、\x9b2J清屏\r、[bold]标记[/bold]",
 }
 

@@ -183,8 +183,8 @@ def test_markdown_is_drawn_and_its_marks_are_not(open_terminal):
 @on_a_terminal
 def test_narrow_low_terminal_shows_a_long_answer_whole(open_terminal):
     terminal = open_terminal(rows=8, columns=24)
-    terminal.ask("长表", "第60条\n\n用户：")
-    assert re.findall(r"第(\d+)条", terminal.text()) == [str(number) for number in range(1, 61)]
+    terminal.ask("长表", "第30条\n\n用户：")
+    assert re.findall(r"第(\d+)条", terminal.text()) == [str(number) for number in range(1, 31)]
     terminal.ask("很长的问题" * 4, "】\n\n用户：")
     assert f"收到【{'很长的问题' * 4}】" in terminal.text().replace("\n", "")
 
@@ -381,7 +381,7 @@ def on_screen(console, width, height):
     return screen
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_growing_answer_is_neither_lost_nor_doubled(seed, monkeypatch):
     monkeypatch.setattr(cli_demo, "FRAME_SECONDS", 0)  # draw every letter
     random.seed(seed)
@@ -420,14 +420,15 @@ def test_growing_answer_is_neither_lost_nor_doubled(seed, monkeypatch):
 def test_block_taller_than_the_screen_shows_its_end_while_it_grows(monkeypatch):
     monkeypatch.setattr(cli_demo, "FRAME_SECONDS", 0)
     console = Console(file=io.StringIO(), force_terminal=True, width=20, height=5, legacy_windows=False)
+    seen = []
 
     def answers():
-        yield "\n".join(f"- 第{number}项" for number in range(1, 10))
-        seen.extend(line.rstrip() for line in on_screen(console, 20, 5).display)
+        for end in (1, 9):
+            yield "始\n\n" + "\n".join(f"- 第{number}项" for number in range(1, end + 1)) + "\n"
+            seen.append([line.rstrip() for line in on_screen(console, 20, 5).display])
 
-    seen = []
     cli_demo.show_markdown(console, "M", answers())
-    assert seen == [" • 第6项", " • 第7项", " • 第8项", " • 第9项", ""]
+    assert seen == [["M：始", "", " • 第1项", "", ""], [f" • 第{number}项" for number in range(5, 10)]]
 
 
 def test_blocks_are_finished_only_when_nothing_can_change_them():

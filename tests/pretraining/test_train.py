@@ -1,0 +1,115 @@
+"""Training of the embedded model: batches, objective, schedule, and a run that is interrupted and continued."""
+
+import json
+
+import pytest
+import torch
+
+from chatglm import ChatGLMTokenizer
+from chatglm.chat import build_prompt
+from pretraining import train
+from pretraining.corpus import Example
+
+TINY = "chatglm/tiny"
+SETTINGS = (
+    "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --batch_tokens 256 --max_length 64 --warmup 2".split()
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    dialogues = [
+        {"topic": f"t/{i}", "lang": "zh", "turns": [{"user": [f"第{i}个问题"], "assistant": [f"这是第{i}个回答。"]}]}
+        for i in range(40)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dialogues), "utf-8")
+    return folder
+
+
+def test_row_is_the_prompt_of_chat_then_the_answer(tokenizer):
+    example = Example([("你好", "你好！")], "再见", "再见！", "t/1", "zh")
+    row = train.encode_example(example, tokenizer, max_length=100)
+    prompt = tokenizer(build_prompt("再见", [("你好", "你好！")]))["input_ids"]
+    answer = tokenizer.encode("再见！", add_special_tokens=False)
+    assert row.ids == [*prompt, *answer, tokenizer.eos_token_id]
+    assert row.answer_start == len(prompt)
+    assert train.encode_example(example, tokenizer, max_length=len(row.ids) - 1) is None
+
+
+def test_batch_is_padded_on_the_right_and_learns_answers_only():
+    batch = train.collate([train.Row([5, 6, 7, 8], 2), train.Row([5, 6, 9], 2)], pad_token_id=3)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 3]]
+    assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, -100, 9, -100]]
+
+
+def test_loss_is_that_of_the_model(tokenizer):
+    args = train.build_parser().parse_args(SETTINGS)
+    model = train.initial_model(train.model_config(args, tokenizer), seed=0)
+    rows = [
+        train.encode_example(Example([], query, answer, "t/1", "zh"), tokenizer, 64)
+        for query, answer in [("你好", "你好！"), ("今天天气怎么样", "我不知道。")]
+    ]
+    batch = train.collate(rows, tokenizer.pad_token_id)
+    expected = model(batch.input_ids, labels=batch.labels).loss
+    torch.testing.assert_close(train.answer_loss(model, batch), expected)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    factors = [train.lr_factor(step, steps=100, warmup=10, decay=0.4) for step in (0, 4, 9, 30, 59, 80, 99)]
+    assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.025])
+
+
+def run(corpus, folder, steps, save_every=3):
+    settings = [*SETTINGS, "--corpus", str(corpus), "--tokenizer", TINY, "--save_every", str(save_every)]
+    code = train.main([*settings, "--steps", str(steps), "--run", str(folder), "--output", str(folder / "model")])
+    assert code == 0
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_interrupted_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch):
+    unbroken = run(corpus, tmp_path / "unbroken", steps=9)
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(*arguments, calls=[], real=train.answer_loss):  # noqa: B006 - counts over calls
+        calls.append(1)
+        if len(calls) == 6:  # after the checkpoint of step 3, before that of step 6
+            raise PowerCut
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(train, "answer_loss", cut)
+        run(corpus, tmp_path / "broken", steps=9)
+    continued = run(corpus, tmp_path / "broken", steps=9)
+
+    assert continued["step"] == unbroken["step"] == 9
+    for name, weight in unbroken["model"].items():
+        assert torch.equal(weight, continued["model"][name]), name
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("unbroken", "broken")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert (tmp_path / "broken" / "loss.png").stat().st_size > 0
+
+
+def test_loss_falls(corpus, tmp_path):
+    run(corpus, tmp_path, steps=60, save_every=60)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[0] > 8.5  # ln 8000 = 8.99: all pieces equally likely
+    assert losses[-1] < losses[0] - 1
+
+
+def test_finished_model_loads_in_float16_size(corpus, tmp_path):
+    from utils import load_model
+
+    run(corpus, tmp_path, steps=3)
+    model, tokenizer = load_model(tmp_path / "model", device="cpu")
+    saved = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert saved < 2.1 * sum(p.numel() for p in model.parameters())
+    assert isinstance(model.chat(tokenizer, "第1个问题", temperature=0, max_new_tokens=4)[0], str)

@@ -1,0 +1,226 @@
+"""`chat` and `stream_chat`: prompts, history, limits, stop strings, seeds, whole characters and refusals."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm.chat import build_prompt, check_history, process_response
+
+VOCABULARY = "tests/golden/tokenizer/mini_ice_text.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer(VOCABULARY)
+
+
+class Scripted(ChatGLMForConditionalGeneration):
+    """A network whose answer is given in advance: the next token of `script` always has the highest score."""
+
+    script = ()
+
+    def forward(self, input_ids=None, position_ids=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        step = 0 if input_ids.shape[1] > 1 else self.told + 1
+        self.told = step
+        output.logits[:, -1] = 0.0
+        output.logits[:, -1, self.script[step]] = 1e3
+        return output
+
+
+@pytest.fixture
+def scripted(tokenizer):
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_attention_heads=2, inner_hidden_size=16,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, gmask_token_id=tokenizer.gmask_token_id, pad_token_id=3, use_cache=True,
+    )  # fmt: skip
+    model = Scripted(config).eval()
+
+    def say(*parts):
+        """Parts are texts or lists of ids; <eop> follows."""
+        model.script = []
+        for part in parts:
+            model.script += tokenizer.encode(part, add_special_tokens=False) if isinstance(part, str) else part
+        model.script.append(tokenizer.eos_token_id)
+        return model
+
+    return say
+
+
+def byte_ids(tokenizer, text):
+    return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+def test_prompt_of_zero_one_and_two_rounds():
+    assert build_prompt("你好") == "你好"
+    assert build_prompt("你好", []) == "你好"
+    one = [("a", "b")]
+    assert build_prompt("c", one) == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答："
+    two = [("a", "b"), ("c ", "\nd")]
+    assert build_prompt("e", two) == ("[Round 0]\n问：a\n答：b\n[Round 1]\n问：c \n答：\nd\n[Round 2]\n问：e\n答：")
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (" 你好,世界! ", "你好，世界！"),
+        ("Hello, world!", "Hello, world!"),
+        ("你好!!!", "你好！!!"),
+        ("时间:[[训练时间]]?", "时间：2023年？"),
+        ("a;中", "a；中"),
+    ],
+)
+def test_punctuation_beside_hanzi_is_restored(raw, shown):
+    assert process_response(raw) == shown
+
+
+def test_chat_returns_response_and_a_new_history(scripted, tokenizer):
+    history = [("早", "早!")]
+    response, new_history = scripted("你好").chat(tokenizer, "在吗", history, temperature=0)
+    assert response == "你好"
+    assert new_history == [("早", "早!"), ("在吗", "你好")]
+    assert history == [("早", "早!")]
+
+
+def test_stream_grows_to_the_same_response(scripted, tokenizer):
+    model = scripted("Hello world")
+    steps = list(model.stream_chat(tokenizer, "hi", temperature=0))
+    texts = [response for response, _ in steps]
+    assert texts[0] == "He"
+    assert texts[-1] == "Hello world" == model.chat(tokenizer, "hi", temperature=0)[0]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert steps[-1][1] == [("hi", "Hello world")]
+
+
+def test_character_spread_over_bytes_appears_whole_or_not_at_all(scripted, tokenizer):
+    emoji = byte_ids(tokenizer, "😀")
+    model = scripted("好", emoji, "好")
+    texts = [text for text, _ in model.stream_chat(tokenizer, "hi", temperature=0)]
+    assert texts == ["", "好", "好", "好", "好", "好😀", "好😀", "好😀 好"]
+    for text in texts:
+        assert "\ufffd" not in text
+        text.encode("utf-8")
+
+
+def test_broken_bytes_are_not_shown(scripted, tokenizer):
+    model = scripted("好", byte_ids(tokenizer, "😀")[:3], "好")
+    response, _ = model.chat(tokenizer, "hi", temperature=0)
+    assert response == "好 好"
+
+
+def test_answer_ends_before_a_stop_string(scripted, tokenizer):
+    model = scripted("Hello world Hello")
+    for stop in ("world", ["nothing", "wor"]):
+        assert model.chat(tokenizer, "hi", temperature=0, stop=stop)[0] == "Hello "
+        texts = [text for text, _ in model.stream_chat(tokenizer, "hi", temperature=0, stop=stop)]
+        assert texts[-1] == "Hello "
+        assert not any("w" in text for text in texts)  # a beginning of the stop string is held back
+
+
+def test_held_back_end_is_shown_when_the_answer_ends_with_it(scripted, tokenizer):
+    model = scripted("Hello wor")
+    texts = [text for text, _ in model.stream_chat(tokenizer, "hi", temperature=0, stop="world")]
+    assert texts[-1] == "Hello wor"
+
+
+def test_oldest_rounds_are_dropped_with_a_warning(scripted, tokenizer):
+    history = [("第一" * 10, "a"), ("第二" * 10, "b"), ("第三", "c")]
+    model = scripted("好")
+    lengths = [len(tokenizer(build_prompt("q", history[i:]))["input_ids"]) for i in range(4)]
+    max_length = lengths[1] + 20  # room for an answer beside the last two rounds, not beside all three
+    with pytest.warns(UserWarning, match="dropped the oldest 1 of 3 rounds of history"):
+        _, new_history = model.chat(tokenizer, "q", history, max_length=max_length, temperature=0)
+    assert new_history == [*history, ("q", "好")]
+    with pytest.raises(ValueError, match=f"query and history have {lengths[0]} tokens and max_length is {lengths[0]}"):
+        model.chat(tokenizer, "q", history, max_length=lengths[0], truncate_history=False)
+
+
+def test_history_that_fits_is_kept_in_silence(scripted, tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scripted("好").chat(tokenizer, "q", [("a", "b")], temperature=0)
+
+
+def test_query_that_does_not_fit_alone_names_both_numbers(scripted, tokenizer):
+    count = len(tokenizer("长" * 40)["input_ids"])
+    with pytest.raises(ValueError, match=f"the query has {count} tokens and max_length is 20"):
+        scripted("好").chat(tokenizer, "长" * 40, [("a", "b")], max_length=20)
+
+
+def test_max_new_tokens_limits_the_answer(scripted, tokenizer):
+    model = scripted("Hello world")
+    assert model.chat(tokenizer, "hi", temperature=0, max_new_tokens=2)[0] == "Hell"
+
+
+@pytest.fixture(scope="module")
+def random_model(tokenizer):
+    torch.manual_seed(1)
+    config = ChatGLMConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_attention_heads=2, inner_hidden_size=32,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, gmask_token_id=tokenizer.gmask_token_id, pad_token_id=3, use_cache=True,
+    )  # fmt: skip
+    return ChatGLMForConditionalGeneration(config).eval()
+
+
+def test_seed_repeats_an_answer_and_another_seed_gives_another(random_model, tokenizer):
+    def answer(seed):
+        return random_model.chat(tokenizer, "hi", seed=seed, max_new_tokens=12, top_p=1.0)[0]
+
+    assert answer(1) == answer(1) != answer(2)
+    beams = [random_model.chat(tokenizer, "hi", seed=5, num_beams=2, max_new_tokens=12)[0] for _ in range(2)]
+    assert beams[0] == beams[1]
+
+
+def test_temperature_zero_is_greedy(random_model, tokenizer):
+    greedy = random_model.chat(tokenizer, "hi", do_sample=False, max_new_tokens=12)
+    assert random_model.chat(tokenizer, "hi", temperature=0, max_new_tokens=12) == greedy
+
+
+def test_pad_written_by_a_user_is_text(random_model, tokenizer, monkeypatch):
+    seen = {}
+
+    def stream_generate(input_ids, attention_mask, **options):
+        seen.update(input_ids=input_ids, attention_mask=attention_mask)
+        yield input_ids
+
+    monkeypatch.setattr(random_model, "stream_generate", stream_generate)
+    random_model.chat(tokenizer, "<pad>hi")
+    assert seen["input_ids"][0, 0] == tokenizer.pad_token_id
+    assert seen["attention_mask"].tolist() == [[1] * seen["input_ids"].shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "sentence"),
+    [
+        ({"query": 5}, TypeError, "query must be a string, got int"),
+        ({"query": "a\ud800"}, ValueError, "lone surrogate .* at index 1"),
+        ({"history": "hello"}, TypeError, r"history must be a list of \(query, response\) pairs, got str"),
+        ({"history": [("a",)]}, ValueError, r"history\[0\] must be a \(query, response\) pair, got \('a',\)"),
+        ({"history": [("a", "b"), ("c", None)]}, TypeError, r"the response of history\[1\] must be a string"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1 token, got 0"),
+        ({"max_length": 2.5}, TypeError, "max_length must be a whole number of tokens, got float"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 1 token, got -1"),
+        ({"top_p": 1.5}, ValueError, "top_p must be a number from 0 to 1, got 1.5"),
+        ({"top_p": float("nan")}, ValueError, "top_p must be a number from 0 to 1, got nan"),
+        ({"temperature": -0.1}, ValueError, "temperature must be a number of at least 0, got -0.1"),
+        ({"temperature": "warm"}, TypeError, "temperature must be a number of at least 0, got str"),
+        ({"stop": [""]}, ValueError, "a stop string must not be empty"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(scripted, tokenizer, arguments, kind, sentence):
+    model = scripted("好")
+    arguments = {"query": "hi", **arguments}
+    with pytest.raises(kind, match=sentence):
+        model.chat(tokenizer, **arguments)
+    with pytest.raises(kind, match=sentence):
+        next(model.stream_chat(tokenizer, **arguments))
+
+
+def test_history_of_json_lists_is_accepted():
+    assert check_history([["a", "b"]]) == [["a", "b"]]
