@@ -114,14 +114,13 @@ def show_markdown(console, title, answers):
 
     answers  iterator of the texts so far, each usually one token longer
     """
-    text, printed, drawn = with_title(title, ""), 0, 0.0
-    with Live(AnswerMarkdown(text), console=console, auto_refresh=False) as live:
+    answer, printed, drawn = "", 0, 0.0
+    with Live(AnswerMarkdown(with_title(title, "")), console=console, auto_refresh=False) as live:
         try:
             for answer in answers:
-                text = with_title(title, answer)
                 if time.monotonic() - drawn < FRAME_SECONDS:
                     continue
-                finished, growing = split_blocks(text[printed:])
+                finished, growing = split_blocks(with_title(title, answer)[printed:])
                 visible = render_lines(console, growing)[-console.height :]
                 with console:  # one write, so that nobody sees the growing block without the finished ones
                     live.update(SegmentLines(visible, new_lines=True), refresh=True)
@@ -130,7 +129,7 @@ def show_markdown(console, title, answers):
                         printed += len(finished)
                 drawn = time.monotonic()
         finally:  # leaving Live draws once more: now all of the last block, even if it is taller than the screen
-            live.update(SegmentLines(render_lines(console, text[printed:]), new_lines=True))
+            live.update(SegmentLines(render_lines(console, with_title(title, answer)[printed:]), new_lines=True))
 
 
 def show_plain(title, answers):
@@ -182,7 +181,7 @@ class CtrlC:
 
     def press(self, signal_number, frame):
         is_first, self.pressed = not self.pressed, True
-        if False:
+        if is_first and self.in_model:
             raise KeyboardInterrupt
 
     def guard(self, answers):

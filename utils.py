@@ -15,8 +15,7 @@ from pathlib import Path
 DEFAULT_MODEL = str(Path(__file__).resolve().parent / "chatglm" / "tiny")
 DEVICES = ("cuda", "mps", "cpu")  # in the order of preference
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes per parameter
-# float16 is what the published weights are and were used in; CPUs compute it slowly and bfloat16 is their short format.
-DEFAULT_DTYPES = {"cuda": ("float16",), "mps": ("float16",), "cpu": ("float32", "bfloat16")}
+SMALL_MODEL = 100_000_000  # parameters
 WORKING_ROOM = 1.1  # keys and values of 2048 tokens and the activations take up to a tenth of the weights
 
 
@@ -43,8 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        help="number format of the weights (default: float16 on cuda and mps; on cpu float32, "
-        "or bfloat16 when float32 does not fit into memory)",
+        help="number format of the weights (default: float16 on cuda and mps, and on cpu for a model below 0.1 B "
+        "parameters; else on cpu float32, or bfloat16 when float32 does not fit into memory)",
     )
 
 
@@ -153,6 +152,18 @@ def available_devices() -> list[str]:
     return [device for device in DEVICES if there[device]]
 
 
+def default_dtypes(device: str, num_parameters: int) -> tuple[str, ...]:
+    """The number formats to try on a device, best first.
+
+    float16 is what the published weights are and were used in. A CPU reads it twice as fast as float32, which decides the
+    speed of a small model, but multiplies large matrices slowly in it (benchmarks/README.md): larger models get float32,
+    or bfloat16.
+    """
+    if device.startswith("cpu") and num_parameters >= SMALL_MODEL:
+        return ("float32", "bfloat16")
+    return ("float16",)
+
+
 def choose_device(
     num_parameters: int, device: str, dtype: str | None, devices: list[str], free: Callable[[str], int]
 ) -> tuple[str, str, str]:
@@ -175,7 +186,7 @@ def choose_device(
     rejected = []
     for place in wanted:
         room = free(place)
-        for format_ in (dtype,) if dtype else DEFAULT_DTYPES[place.split(":")[0]]:
+        for format_ in (dtype,) if dtype else default_dtypes(place, num_parameters):
             need = num_parameters * DTYPES[format_] * WORKING_ROOM
             if need <= room:
                 return place, format_, "; ".join(rejected)
@@ -184,7 +195,7 @@ def choose_device(
     fitting = [
         f"--device {place} --dtype {format_}"
         for place in devices
-        for format_ in DEFAULT_DTYPES[place]
+        for format_ in default_dtypes(place, num_parameters)
         if num_parameters * DTYPES[format_] * WORKING_ROOM <= free(place)
     ]
     advice = f"{fitting[0]} would fit" if fitting else "close other programs or use a smaller model"
@@ -203,8 +214,8 @@ def load_model(
     model_name_or_path  folder, or `owner/name` on the Hugging Face hub; code inside the checkpoint is never run
     revision            branch, tag or commit on the hub
     device              "auto" (first of cuda, mps, cpu that has room) or a device as torch spells it
-    dtype               "float32", "bfloat16", "float16" or the torch dtype; None takes float16 on cuda and mps, like
-                        the published weights, and on cpu float32, or bfloat16 when float32 does not fit into memory
+    dtype               "float32", "bfloat16", "float16" or the torch dtype; None takes what suits the device (see
+                        `default_dtypes`)
 
     Raises ValueError (CheckpointError for what is wrong with the files) or MemoryError, before any weight is read.
     """

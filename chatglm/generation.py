@@ -48,7 +48,9 @@ def decode_steps(
             outputs = model(**inputs, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             new_tokens = 1 if model_kwargs.get("use_cache") else None
-            scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+            scores = outputs.logits[:, -1].float()
+            for process in logits_processor:  # as the list itself does, without inspecting each signature every step
+                scores = process(input_ids, scores)
             del outputs
             if generation_config.do_sample:
                 next_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator)

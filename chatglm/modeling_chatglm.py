@@ -54,15 +54,14 @@ def rotary_embedding(
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate every head by its positions.
 
-    states    [batch, heads, seq_len, head_dim], queries or keys
-    cos, sin  [batch, streams, seq_len, head_dim // streams]: stream i rotates the i-th part of the head
+    states    [..., batch, heads, seq_len, head_dim], queries and keys
+    cos, sin  [batch, 1, seq_len, streams, head_dim // streams]: stream i rotates the i-th part of the head
 
     Returns the rotated states, same shape and dtype. Source: GLM, "2D Positional Encoding".
     """
-    streams = cos.shape[1]
-    parts = states.unflatten(-1, (streams, -1))  # [batch, heads, seq_len, streams, head_dim // streams]
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    parts = states.unflatten(-1, cos.shape[-2:])  # [..., batch, heads, seq_len, streams, head_dim // streams]
     first, second = parts.chunk(2, dim=-1)  # channel i turns with channel i + half, inside its part
-    cos, sin = (table.transpose(1, 2).unsqueeze(1).to(states.dtype) for table in (cos, sin))
     return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
 
 
@@ -105,10 +104,10 @@ class SelfAttention(nn.Module):
     def forward(self, hidden_states, rotary, attention_mask=None, prefix=None, past_key_values=None, **kwargs):
         """Returns the attention output [batch, seq_len, hidden_size] and the weights (None with sdpa)."""
         batch, seq_len, _ = hidden_states.shape
-        mixed = self.query_key_value(hidden_states).view(batch, seq_len, self.num_heads, -1)
-        query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)  # [batch, heads, seq_len, head_dim]
-        query = apply_rotary(query, *rotary)
-        key = apply_rotary(key, *rotary)
+        mixed = self.query_key_value(hidden_states).view(batch, seq_len, self.num_heads, 3, -1)
+        mixed = mixed.permute(3, 0, 2, 1, 4)  # [3, batch, heads, seq_len, head_dim]
+        query, key = apply_rotary(mixed[:2], *rotary)
+        value = mixed[2]
         if prefix is not None:  # [2, batch, heads, pre_seq_len, head_dim]; prefix keys are not rotated
             key = torch.cat((prefix[0].to(key.dtype), key), dim=2)
             value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
@@ -261,6 +260,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _visible(self, input_ids, inputs_embeds, attention_mask, past_key_values, past_length) -> torch.Tensor | None:
         """Mask for the attention function: what each query may see, None if everything."""
+        if attention_mask is None and inputs_embeds.shape[1] == 1:
+            return None  # the usual decode step
         pre_seq_len = self.config.pre_seq_len or 0
         if attention_mask is not None and attention_mask.dim() == 4:
             visible = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask
@@ -279,7 +280,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             block_sequence_ids=blocks,
-            allow_is_causal_skip=inputs_embeds.shape[1] == 1,
+            allow_is_causal_skip=False,
         )
         if visible is not None and past_length == 0 and pre_seq_len:
             visible = nn.functional.pad(visible, (pre_seq_len, 0), value=visible.dtype == torch.bool)
@@ -322,7 +323,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids = position_ids[:, None]  # [batch, streams, seq_len]
 
         visible = self._visible(input_ids, inputs_embeds, attention_mask, past_key_values, past_length)
-        rotary = rotary_embedding(position_ids, self.config.head_dim // position_ids.shape[1], inputs_embeds.dtype)
+        rotary_dim = self.config.head_dim // position_ids.shape[1]
+        # [batch, 1, seq_len, streams, rotary_dim]
+        places = position_ids.transpose(1, 2).unsqueeze(1)
+        rotary = rotary_embedding(places, rotary_dim, inputs_embeds.dtype)
         prefix = [None] * self.config.num_layers
         if self.config.pre_seq_len is not None and past_length == 0:
             prefix = self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)

@@ -370,7 +370,8 @@ def test_rotary_2d(case):
     recorded = case.tensors()
     for name in ("q", "k"):
         states = recorded[name].permute(1, 2, 0, 3)  # [batch, num_heads, seq_len, head_dim]
-        tables = rotary_embedding(recorded["position_ids"], states.shape[-1] // 2, states.dtype)
+        positions = recorded["position_ids"].transpose(1, 2).unsqueeze(1)  # [batch, 1, seq_len, streams]
+        tables = rotary_embedding(positions, states.shape[-1] // 2, states.dtype)
         want = recorded[f"{name}_rot"].permute(1, 2, 0, 3)
         torch.testing.assert_close(apply_rotary(states, *tables), want, atol=case.tolerance["atol"], rtol=0)
 

@@ -143,6 +143,11 @@ def test_device_and_dtype_that_fit_are_chosen(device, dtype, free, expected):
     assert chosen[:2] == expected
 
 
+def test_small_model_on_a_cpu_stays_in_the_format_of_its_file():
+    chosen = utils.choose_device(20_000_000, "auto", None, ["cpu"], lambda device: 64 * GB)
+    assert chosen == ("cpu", "float16", "")
+
+
 def test_second_choice_says_why():
     free = {"cuda": 6 * GB, "cpu": 24 * GB}
     reason = utils.choose_device(SIX_BILLION, "auto", None, ["cuda", "cpu"], free.get)[2]
@@ -200,9 +205,9 @@ def test_load_model_prints_one_line_on_stderr(capsys, folder):
     model, tokenizer = utils.load_model(folder, device="cpu")
     output = capsys.readouterr()
     assert output.out == ""
-    assert re.fullmatch(r"loaded my-model   0\.0 M parameters   float32   0\.00 GB   cpu   \d+\.\d s\n", output.err)
+    assert re.fullmatch(r"loaded my-model   0\.0 M parameters   float16   0\.00 GB   cpu   \d+\.\d s\n", output.err)
     assert not model.training
-    assert model.device.type == "cpu" and model.dtype == torch.float32
+    assert model.device.type == "cpu" and model.dtype == torch.float16
     assert tokenizer("你好")["input_ids"][-2:] == [429, 432]
     assert model.config.name_or_path == str(folder.resolve())
 
@@ -215,9 +220,9 @@ def test_dtype_is_taken_as_a_name_or_a_torch_dtype(folder, dtype):
 def test_line_gives_the_reason_of_a_second_choice(monkeypatch, capsys, folder):
     monkeypatch.setattr(utils, "available_devices", lambda: ["cpu"])
     monkeypatch.setattr(utils, "free_memory", lambda device: 120_000)
+    monkeypatch.setattr(utils, "SMALL_MODEL", 0)
     assert utils.load_model(folder)[0].dtype == torch.bfloat16
-    assert "bfloat16" in (line := capsys.readouterr().err)
-    assert line.endswith("(float32 on cpu needs 0.0 GB, 0.0 GB are free)\n")
+    assert capsys.readouterr().err.endswith("(float32 on cpu needs 0.0 GB, 0.0 GB are free)\n")
 
 
 def test_memory_is_checked_before_any_weight_is_read(monkeypatch, folder):
