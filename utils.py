@@ -155,9 +155,9 @@ def available_devices() -> list[str]:
 def default_dtypes(device: str, num_parameters: int) -> tuple[str, ...]:
     """The number formats to try on a device, best first.
 
-    float16 is what the published weights are and were used in. A CPU reads it twice as fast as float32, which decides the
-    speed of a small model, but multiplies large matrices slowly in it (benchmarks/README.md): larger models get float32,
-    or bfloat16.
+    float16 is what the published weights are and were used in. A CPU reads it twice as fast as float32, which decides
+    the speed of a small model, but multiplies large matrices slowly in it (benchmarks/README.md): larger models get
+    float32, or bfloat16.
     """
     if device.startswith("cpu") and num_parameters >= SMALL_MODEL:
         return ("float32", "bfloat16")

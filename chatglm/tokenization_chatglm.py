@@ -74,6 +74,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces=True,
         **kwargs,
     ):
+        if vocab_file is None:
+            raise ValueError(f"no {VOCAB_FILE_NAME} in {kwargs.get('name_or_path')}: copy it there from the checkpoint")
         # [gMASK] and </s> are ordinary text when a user types them, so transformers must not split text at them.
         named_tokens = kwargs.pop("model_specific_special_tokens", None) or {}
         self.gmask_token = str(named_tokens.get("gmask_token", gmask_token))

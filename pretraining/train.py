@@ -9,6 +9,7 @@ interrupted continues from its newest checkpoint with the same batches; on the s
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
@@ -177,11 +179,19 @@ def plot_loss(log: Path, picture: Path) -> None:
 
 
 def save_model(model: ChatGLMForConditionalGeneration, tokenizer: ChatGLMTokenizer, folder: Path) -> None:
-    """Write the finished model in float16, as load_model reads it."""
-    finished = ChatGLMForConditionalGeneration(model.config)
-    finished.load_state_dict(model.state_dict())
-    finished.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write the finished model in float16, as load_model reads it.
+
+    Not with save_pretrained: that would put copies of the package's source files beside the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(lambda path: save_file(weights, path, metadata={"format": "pt"}), folder / "model.safetensors")
+    config = copy.deepcopy(model.config)
+    config.dtype = "float16"
+    config.architectures = [type(model).__name__]
+    config.to_json_file(folder / "config.json")
+    tokenizer.save_vocabulary(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}\n')
 
 
 def build_parser() -> argparse.ArgumentParser:

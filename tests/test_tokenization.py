@@ -100,6 +100,12 @@ def test_vocabulary_is_saved_byte_for_byte(tokenizer, tmp_path):
     assert again("你好 [gMASK]") == tokenizer("你好 [gMASK]")
 
 
+def test_folder_without_vocabulary_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
+    with pytest.raises(ValueError, match=f"no ice_text.model in {tmp_path}"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
 def test_file_that_is_no_vocabulary_is_refused(tmp_path):
     (tmp_path / "ice_text.model").write_text("not a model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
