@@ -231,7 +231,7 @@ def reply(model, tokenizer, query, history, show, options):
         warnings.simplefilter("always", UserWarning)
         try:
             show(ctrl_c.guard(answers()))
-        except ValueError as error:  # this question cannot be answered, the next one may be
+        except (ValueError, RuntimeError) as error:  # too long, out of memory: the next question may do
             note(str(error))
     for warning in caught:
         if issubclass(warning.category, UserWarning):

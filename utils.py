@@ -56,13 +56,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_new_tokens",
         type=_positive_int,
-        help="most tokens of the answer alone; overrides --max_length (default: no limit of its own)",
+        help="most tokens of the answer alone; --max_length then only decides how much history is kept "
+        "(default: no limit of its own)",
     )
     group.add_argument(
         "--top_p",
         type=_probability,
         default=0.7,
-        help="sample among the likeliest tokens that together reach this probability, above 0 up to 1 (default: 0.7)",
+        help="sample among the likeliest tokens that together reach this probability, 0 to 1 (default: 0.7)",
     )
     group.add_argument(
         "--temperature",
@@ -99,8 +100,8 @@ def _number(kind: type, claim: str, holds: Callable) -> Callable:
 
 
 _positive_int = _number(int, "a whole number above 0", lambda value: value > 0)
-_probability = _number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
-_temperature = _number(float, "a number from 0 up", lambda value: 0 <= value < float("inf"))
+_probability = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
+_temperature = _number(float, "from 0 to 100", lambda value: 0 <= value <= 100)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ __all__ = ["ChatGLMConfig", "ChatGLMForConditionalGeneration", "ChatGLMModel", "
 # source files and an auto_map beside the weights, and the folder loads elsewhere with trust_remote_code=True.
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
 
 ChatGLMConfig.register_for_auto_class()
 ChatGLMTokenizer.register_for_auto_class()

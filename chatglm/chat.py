@@ -1,19 +1,22 @@
 """Conversation <-> text: the prompt of a chat, the clean-up of an answer, and `chat` / `stream_chat` of the model."""
 
-import math
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 
 import torch
 from transformers import LogitsProcessorList
 
-from .generation import InvalidScoreLogitsProcessor
+from .generation import SAFE_TOKEN_ID, InvalidScoreLogitsProcessor
 
 History = Sequence[tuple[str, str]]
 
 REPLACEMENT_CHARACTER = "\ufffd"  # what decoding shows for a character whose bytes are not complete
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+FOLD = str.maketrans({wide: sign for sign, wide in FULL_WIDTH.items()})
+GREEDY_BELOW = 1e-3  # so low a temperature leaves nothing to chance, and dividing by it can overflow
 HANZI = "[\u4e00-\u9fff]"
 BESIDE_HANZI = [
     (sign, wide, re.compile(f"(?<={HANZI}){re.escape(sign)}"), re.compile(f"{re.escape(sign)}(?={HANZI})"))
@@ -61,35 +64,37 @@ def check_history(history: History | None) -> list[tuple[str, str]]:
             raise ValueError(f"history[{i}] must be a (query, response) pair, got {pair!r}")
         check_text(f"the query of history[{i}]", pair[0])
         check_text(f"the response of history[{i}]", pair[1])
-    return list(history)
+    return [(query, response) for query, response in history]
 
 
 def check_number(name: str, value, low: float, high: float, allowed: str) -> None:
     """Raises TypeError or ValueError unless value is a number in [low, high]; allowed says what would do."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
-    if not low <= value <= high or (isinstance(value, float) and math.isnan(value)):
+    if not low <= value <= high:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def check_length(name: str, value) -> None:
-    """Raises TypeError or ValueError unless value is a positive whole number of tokens."""
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of tokens, got {type(value).__name__}")
-    check_number(name, value, 1, math.inf, "at least 1 token")
+def check_count(name: str, value, low: int, high: float, allowed: str) -> None:
+    """As check_number, for whole numbers."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+    check_number(name, value, low, high, allowed)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """text up to the first stop string, and whether one was found."""
-    places = [place for place in map(text.find, stop) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    """text up to the first stop string, and whether one was found; `,` finds the `，` made of it as well."""
+    folded = text.translate(FOLD)
+    places = [place for place in (folded.find(string.translate(FOLD)) for string in stop) if place >= 0]
+    return (text[: min(places)].rstrip(), True) if places else (text, False)
 
 
 def hold_back(text: str, stop: Sequence[str]) -> str:
     """text without an end that may yet grow into a stop string."""
+    folded, stop = text.translate(FOLD), [string.translate(FOLD) for string in stop]
     longest = max(map(len, stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
-        if any(string.startswith(text[-length:]) for string in stop):
+        if any(string.startswith(folded[-length:]) for string in stop):
             return text[:-length]
     return text
 
@@ -97,7 +102,6 @@ def hold_back(text: str, stop: Sequence[str]) -> str:
 class ChatMixin:
     """`chat` and `stream_chat` for a model with `generate` and `stream_generate`."""
 
-    @torch.no_grad()
     def chat(
         self,
         tokenizer,
@@ -119,11 +123,11 @@ class ChatMixin:
         """The answer to query, and history with this round added (a new list).
 
         history           earlier rounds, (query, response) each
-        max_length        most tokens of prompt + answer
+        max_length        most tokens of prompt + answer; the prompt alone must be shorter
         num_beams         beams of beam search; 1 = none
         top_p             sample among the likeliest tokens that reach this probability, in [0, 1]
         temperature       0 = always the likeliest token; higher = more varied
-        max_new_tokens    most tokens of the answer; replaces max_length as the limit of the answer
+        max_new_tokens    most tokens of the answer; replaces max_length as its limit
         stop              the answer ends before any of these strings
         seed              makes sampling repeatable
         truncate_history  drop the oldest rounds, with a warning, when the prompt leaves no room for an answer
@@ -131,9 +135,10 @@ class ChatMixin:
         Other keywords go to `generate`. Raises TypeError or ValueError for arguments that make no sense, and ValueError
         if the query alone (with truncate_history=False: with its history) does not fit into max_length.
         """
-        inputs, options, stop = self._prepare_chat(
+        check_count("num_beams", num_beams, 1, float("inf"), "a whole number of at least 1")
+        history, inputs, options, stop = self._prepare_chat(
             tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
-            max_new_tokens, stop, truncate_history, kwargs,
+            max_new_tokens, stop, seed, truncate_history, kwargs,
         )  # fmt: skip
         if num_beams > 1:
             with torch.random.fork_rng(enabled=seed is not None):
@@ -148,7 +153,7 @@ class ChatMixin:
                 if stop and cut_at_stop(self._response(tokenizer, ids, inputs), stop)[1]:
                     break
             response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
-        return response, [*(history or []), (query, response)]
+        return response, [*history, (query, response)]
 
     def stream_chat(
         self,
@@ -171,13 +176,12 @@ class ChatMixin:
 
         Every answer is whole text: a character whose bytes are not all there yet, or an end that may become a stop
         string, is held back. Closing the iterator stops the work. As in the original, the token that reaches the length
-        limit is not shown.
+        limit is not shown (with max_new_tokens=1 nothing is).
         """
-        inputs, options, stop = self._prepare_chat(
+        earlier, inputs, options, stop = self._prepare_chat(
             tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
-            max_new_tokens, stop, truncate_history, kwargs,
+            max_new_tokens, stop, seed, truncate_history, kwargs,
         )  # fmt: skip
-        earlier = list(history or [])
         response = shown = ""
         for ids in self.stream_generate(**inputs, **options, generator=self._generator(seed)):
             response, stopped = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
@@ -190,44 +194,57 @@ class ChatMixin:
 
     def _prepare_chat(
         self, tokenizer, query, history, max_length, do_sample, top_p, temperature, logits_processor,
-        max_new_tokens, stop, truncate_history, kwargs,
+        max_new_tokens, stop, seed, truncate_history, kwargs,
     ):  # fmt: skip
-        """Checked model inputs, options of `generate` and stop strings."""
+        """Everything checked: history, inputs of the model, options of `generate`, stop strings."""
         check_text("query", query)
-        check_length("max_length", max_length)
-        check_number("top_p", top_p, 0, 1, "a number from 0 to 1")
-        check_number("temperature", temperature, 0, 1e6, "a number of at least 0")
+        history = check_history(history)
+        check_count("max_length", max_length, 1, float("inf"), "a whole number of tokens, at least 1")
         if max_new_tokens is not None:
-            check_length("max_new_tokens", max_new_tokens)
+            check_count("max_new_tokens", max_new_tokens, 1, float("inf"), "a whole number of tokens, at least 1")
+        check_number("top_p", top_p, 0, 1, "a number from 0 to 1")
+        check_number("temperature", temperature, 0, 100, "a number from 0 to 100")
+        if seed is not None:
+            check_count("seed", seed, -(2**63), 2**64 - 1, "a whole number of at most 64 bits")
         stop = [stop] if isinstance(stop, str) else list(stop or [])
         for string in stop:
             check_text("a stop string", string)
             if not string:
                 raise ValueError("a stop string must not be empty")
 
-        ids = self._fit_prompt(tokenizer, query, check_history(history), max_length, max_new_tokens, truncate_history)
+        ids = self._fit_prompt(tokenizer, query, history, max_length, max_new_tokens, truncate_history)
         input_ids = torch.tensor([ids], device=self.device)
         # All ones: a literal <pad> in the query is text, not padding.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         options = dict(kwargs)
-        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
-        options["do_sample"] = do_sample and temperature > 0
+        guard = InvalidScoreLogitsProcessor(SAFE_TOKEN_ID + tokenizer.num_image_tokens)
+        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), guard])
+        options["do_sample"] = do_sample and temperature >= GREEDY_BELOW
         if options["do_sample"]:
-            options.update(top_p=top_p, temperature=temperature)
+            options.update(top_p=float(top_p), temperature=float(temperature))
         if max_new_tokens is None:
             options["max_length"] = max_length
         else:
             options["max_new_tokens"] = max_new_tokens
-        return inputs, options, stop
+        return history, inputs, options, stop
 
     @staticmethod
     def _fit_prompt(tokenizer, query, history, max_length, max_new_tokens, truncate_history) -> list[int]:
-        """Ids of the prompt, without the oldest rounds if they leave no room for an answer within max_length."""
-        room = max_new_tokens or max(1, max_length // 8)
-        for dropped in range(len(history) + 1):
-            ids = tokenizer(build_prompt(query, history[dropped:]))["input_ids"]
-            if len(ids) + room <= max_length or not truncate_history:
-                break
+        """Ids of the prompt, without the oldest rounds if they leave no room for an answer within max_length.
+
+        Room is an eighth of max_length, or max_new_tokens if that is less.
+        """
+
+        def encode(first_round: int) -> list[int]:
+            *ids, last = tokenizer(build_prompt(query, history[first_round:]))["input_ids"]
+            # A <sop> that someone typed would end the prompt there.
+            return [i for i in ids if i != tokenizer.bos_token_id] + [last]
+
+        dropped = 0
+        if truncate_history:
+            longest = max_length - min(max_new_tokens or max_length, max(1, max_length // 8))
+            dropped = bisect_left(range(len(history)), True, key=lambda first: len(encode(first)) <= longest)
+        ids = encode(dropped)
         if len(ids) >= max_length:
             what = "query and history have" if dropped < len(history) else "the query has"
             raise ValueError(

@@ -62,6 +62,9 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         rotary_parts = 2 if self.position_encoding_2d else 1
         if self.hidden_size % self.num_attention_heads or self.head_dim % (2 * rotary_parts):
             raise ValueError(

@@ -6,19 +6,28 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationMixin, LogitsProcessor
 
-SAFE_TOKEN_ID = 5  # "▁", the token chosen when scores are broken
+SAFE_TOKEN_ID = 5  # "▁" of a vocabulary without image tokens
 SAFE_TOKEN_SCORE = 5e4
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Replaces all scores by a choice of token 5 if any score of the batch is NaN or infinite."""
+    """Replaces all scores by a choice of one safe token if any score of the batch is NaN or infinite."""
+
+    def __init__(self, token_id: int = SAFE_TOKEN_ID):
+        self.token_id = token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [batch, vocab_size] -> the same tensor, changed in place if it was broken."""
         if not bool(torch.isfinite(scores).all()):
             scores.zero_()
-            scores[..., SAFE_TOKEN_ID] = SAFE_TOKEN_SCORE
+            scores[..., self.token_id] = SAFE_TOKEN_SCORE
         return scores
+
+
+def check_hidden_mask(attention_mask: torch.Tensor) -> None:
+    """Raises ValueError unless a 4-D mask is bool, which is how the original tells True = hidden from 1 = visible."""
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(f"a 4-D attention_mask must be bool with True = hidden, got {attention_mask.dtype}")
 
 
 def decode_steps(
@@ -28,15 +37,21 @@ def decode_steps(
     stopping_criteria,
     generation_config,
     generator: torch.Generator | None = None,
-    synced_gpus: bool = False,
-    streamer=None,
     **model_kwargs,
 ) -> Iterator[tuple[torch.Tensor, bool]]:
     """All ids so far [batch, length] and whether this was the last step, after each new token.
 
     A decoding method for `generate(custom_generate=...)`: transformers prepares processors, criteria and cache.
     generator makes sampling repeatable without touching torch's global seed. Closing the iterator stops the work.
+    Raises ValueError for what cannot be streamed: beams, several answers to one prompt, a cache that holds tokens.
     """
+    if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+        raise ValueError("stream_generate gives one answer to each prompt, without beams: use generate")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "stream_generate starts from an empty cache: a prompt read in both directions has no reusable part"
+        )
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     new_tokens = None  # everything on the first step, then one token, unless the cache is off
     while True:
@@ -48,7 +63,7 @@ def decode_steps(
             outputs = model(**inputs, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             new_tokens = 1 if model_kwargs.get("use_cache") else None
-            scores = outputs.logits[:, -1].float()
+            scores = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32)
             for process in logits_processor:  # as the list itself does, without inspecting each signature every step
                 scores = process(input_ids, scores)
             del outputs
@@ -70,6 +85,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
     def generate(self, inputs=None, *args, attention_mask=None, **kwargs):
         """As in transformers; takes the tokenizer's 4-D mask [batch, 1, seq_len, seq_len] (True = hidden) too."""
         if attention_mask is not None and attention_mask.dim() == 4:
+            check_hidden_mask(attention_mask)
             attention_mask = (~attention_mask[:, 0, -1]).long()  # what the last token does not see is padding
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -89,6 +105,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         The token that ends the text (eos, or the one that reaches max_length) is not yielded unless yield_last=True.
         generator, a torch.Generator, makes sampling repeatable. Other keywords are those of `generate`.
         """
+        if kwargs.get("streamer") is not None:
+            raise ValueError("stream_generate yields every token itself: use generate with a streamer")
         yield_last = kwargs.pop("yield_last", False)
         steps = self.generate(
             input_ids,
@@ -114,6 +132,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
             UserWarning,
             stacklevel=2,
         )
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        # The guard judges the network, so it comes first: filters that forbid tokens write -inf on purpose.
+        processors.sort(key=lambda processor: not isinstance(processor, InvalidScoreLogitsProcessor))
+        return processors
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        raise ValueError("assisted decoding and prompt lookup cannot extend two position streams: use plain generation")
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         if inputs_tensor.dim() != 2:

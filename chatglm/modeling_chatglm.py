@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
-from .generation import ChatGLMGenerationMixin
+from .generation import ChatGLMGenerationMixin, check_hidden_mask
 
 # The constant 28 belongs to the architecture: the residual factor does not follow config.num_layers.
 ALPHA = (2 * 28) ** 0.5
@@ -157,7 +157,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 class PrefixEncoder(nn.Module):
     """Trainable keys and values in front of every layer. Source: P-Tuning v2 (arXiv 2110.07602), section 3.
 
-    forward(batch) gives [num_layers, 2, batch, heads, pre_seq_len, head_dim]: the key and the value of each layer.
+    forward(batch, dtype) gives [num_layers, 2, batch, heads, pre_seq_len, head_dim]: key and value of each layer.
     """
 
     def __init__(self, config: ChatGLMConfig):
@@ -264,8 +264,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return None  # the usual decode step
         pre_seq_len = self.config.pre_seq_len or 0
         if attention_mask is not None and attention_mask.dim() == 4:
-            visible = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask
-            return nn.functional.pad(visible, (pre_seq_len, 0), value=visible.dtype == torch.bool)
+            check_hidden_mask(attention_mask)
+            return nn.functional.pad(~attention_mask, (pre_seq_len, 0), value=True)
         blocks = None
         if past_length == 0:
             if input_ids is None:
@@ -305,7 +305,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_mask   [batch, seq_len], 1 = real token, 0 = padding; or bool [batch, 1, query, key], True = hidden
         past_key_values  keys and values of earlier tokens (behind the prefix, if there is one)
 
-        Raises ValueError if positions are missing and cannot be made.
+        Raises ValueError if positions are missing and cannot be made, for other shapes, and for a static cache.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("either input_ids or inputs_embeds must be given")
@@ -313,17 +313,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError(f"the cache must grow, got {type(past_key_values).__name__}: use a DynamicCache")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             if input_ids is None or past_length:
                 raise ValueError("position_ids must be given with inputs_embeds or when past_key_values holds tokens")
             padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
             position_ids = self.get_position_ids(input_ids, padding)
-        if position_ids.dim() == 2:
+        if position_ids.dim() == 2 and not self.config.position_encoding_2d:
             position_ids = position_ids[:, None]  # [batch, streams, seq_len]
+        streams = 2 if self.config.position_encoding_2d else 1
+        if position_ids.dim() != 3 or position_ids.shape[1] != streams:
+            expected = "[batch, 2, seq_len]" if streams == 2 else "[batch, seq_len]"
+            raise ValueError(f"position_ids must be {expected}, got {list(position_ids.shape)}")
 
         visible = self._visible(input_ids, inputs_embeds, attention_mask, past_key_values, past_length)
-        rotary_dim = self.config.head_dim // position_ids.shape[1]
+        rotary_dim = self.config.head_dim // streams
         # [batch, 1, seq_len, streams, rotary_dim]
         places = position_ids.transpose(1, 2).unsqueeze(1)
         rotary = rotary_embedding(places, rotary_dim, inputs_embeds.dtype)

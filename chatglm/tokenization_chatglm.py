@@ -238,7 +238,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pads = max(target - len(ids), 0)
 
         hidden, positions = self._mask_and_positions(ids)
-        encoded_inputs["attention_mask"] = np.pad(hidden, [(0, 0), (pads, 0), (pads, 0)], constant_values=True)
+        if return_attention_mask is not False:
+            encoded_inputs["attention_mask"] = np.pad(hidden, [(0, 0), (pads, 0), (pads, 0)], constant_values=True)
         encoded_inputs["position_ids"] = np.pad(positions, [(0, 0), (pads, 0)])
         encoded_inputs["input_ids"] = [self.pad_token_id] * pads + ids
         return encoded_inputs

@@ -71,6 +71,7 @@ EN_JOBS = (
 ZH_COLOURS = "红色 蓝色 绿色 黄色 紫色 白色 黑色 灰色 粉色 橙色 棕色 米色 天蓝色 墨绿色 金色 银色".split()
 EN_COLOURS = "red blue green yellow purple white black grey pink orange brown beige turquoise gold silver".split()
 ZH_FRUITS = "苹果 香蕉 橙子 葡萄 西瓜 草莓 桃子 梨 樱桃 芒果 菠萝 荔枝 柚子 猕猴桃 蓝莓 柠檬 石榴 杏子 李子 龙眼 哈密瓜 火龙果".split()
+ZH_MEASURES = dict.fromkeys("葡萄 草莓 樱桃 荔枝 蓝莓 龙眼 糖".split(), "颗") | {"铅笔": "支", "本子": "本"}  # else 个
 EN_FRUITS = "apples bananas oranges grapes melons strawberries peaches pears cherries mangoes pineapples plums figs lemons blueberries kiwis".split()
 ZH_FOODS = (
     "饺子 面条 火锅 烤鸭 米饭 包子 馒头 寿司 汉堡 披萨 红烧肉 麻婆豆腐 番茄炒蛋 酸菜鱼 小笼包 馄饨 炒饭 牛肉面 粽子 汤圆 豆腐 烧烤 煎饼 豆浆 油条"
@@ -106,6 +107,23 @@ EN_NUMBERS = "zero one two three four five six seven eight nine ten".split()
 ZH_RELATIVES = "弟弟 妹妹 哥哥 姐姐 同桌 好朋友 同事 邻居 表弟 堂姐 女儿 儿子 室友".split()
 EN_RELATIVES = "brother|sister|best friend|neighbour|cousin|daughter|son|roommate|teacher|colleague|uncle|aunt".split(
     "|"
+)
+MALE_RELATIVES = set("弟弟 哥哥 表弟 儿子 brother son uncle".split())
+FEMALE_RELATIVES = set("妹妹 姐姐 堂姐 女儿 sister daughter aunt".split())
+ZH_MALE_GIVEN = set("伟强磊军勇涛杰刚力辉浩俊峰凯博楠航海志国庆豪柏森川东龙")
+ZH_FEMALE_GIVEN = set("芳娜秀丽艳娟霞桂兰玲萍怡欣诗琪雪梅婷瑶妍彤雅莹倩薇莉珊珍莎菲岚燕")
+EN_UNISEX_NAMES = set("Alex Chris Dana Jamie Jean Kelly Kim Robin Sam Tracy".split())
+EN_FEMALE_NAMES = set(
+    (
+        "Abby Adele Agnes Aisha Alice Alison Amanda Amber Amy Andrea Angela Anita Anna April Audrey Barbara Beatrice Bella Betty "
+        "Brenda Camille Carla Carmen Carol Caroline Catherine Cecilia Charlotte Chloe Christine Claire Clara Crystal Cynthia Daisy "
+        "Daphne Deborah Diana Dora Doris Dorothy Eileen Elaine Eleanor Elena Eliza Ella Ellen Elsa Emily Emma Erica Eva Evelyn Faith "
+        "Fiona Flora Frances Gina Gloria Grace Hannah Hazel Heather Helen Holly Ida Ingrid Irene Iris Isabel Ivy Jane Janet Jasmine "
+        "Jenny Jessica Jill Joan Joyce Judy Julia Karen Kate Lara Laura Lauren Lea Lily Linda Lisa Lola Louise Lucy Lydia Maggie "
+        "Margaret Maria Marie Martha Mary Maya Megan Melissa Mia Molly Monica Nadia Nancy Naomi Natalie Nicole Nina Nora Pamela Paula "
+        "Penny Phoebe Rachel Rebecca Rita Rosa Rose Ruby Ruth Sally Samantha Sandra Sara Sheila Sofia Sophie Stella Susan Sylvia Tara "
+        "Teresa Tina Valerie Vera Victoria Violet Wanda Wendy Yvonne Zoe"
+    ).split()
 )
 
 VOCABULARY = [
@@ -222,6 +240,17 @@ def _names(rng: random.Random, split: str, lang: str, count: int) -> list[str]:
     return names
 
 
+def _relative(rng: random.Random, lang: str, name: str) -> str:
+    """A relative or acquaintance of the user who may have this name: no brother Alice, no daughter 刚."""
+    if lang == "zh":
+        male, female = bool(ZH_MALE_GIVEN & set(name[1:])), bool(ZH_FEMALE_GIVEN & set(name[1:]))
+    else:
+        female = name in EN_FEMALE_NAMES
+        male = not female and name not in EN_UNISEX_NAMES
+    wrong = (FEMALE_RELATIVES if male else set()) | (MALE_RELATIVES if female else set())
+    return rng.choice([word for word in (ZH_RELATIVES if lang == "zh" else EN_RELATIVES) if word not in wrong])
+
+
 def _sentence_end(rng: random.Random, text: str) -> str:
     """The text with or without its end mark, as people type."""
     return text[:-1] if text[-1] in "。.？?" and rng.random() < 0.3 else text
@@ -261,7 +290,7 @@ def remember_name(rng: random.Random, split: str) -> Dialogue:
                 f"我叫{name}", f"你好，我叫{name}", f"我的名字是{name}", f"我是{name}", f"叫我{name}就好", f"大家都叫我{name}",
                 f"你好，我是{name}，很高兴认识你", f"我叫{name}，今年{age}岁", f"我叫{name}，来自{city}", f"我叫{name}，是一名{job}",
                 f"自我介绍一下，我叫{name}", f"嗨，我是{name}", f"你可以叫我{name}", f"早上好，我叫{name}", f"记住，我叫{name}",
-                f"初次见面，我叫{name}", f"我姓名是{name}", f"hello，我叫{name}",
+                f"初次见面，我叫{name}", f"我的姓名是{name}", f"hello，我叫{name}",
             ]
         )  # fmt: skip
         hello = rng.choice(
@@ -327,7 +356,8 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     hobby, day = _draw(rng, split, lambda: (rng.choice(ZH_HOBBIES), rng.choice(ZH_DAYS)))
     month, date = _draw(rng, split, lambda: (rng.randint(1, 12), rng.randint(1, 28)))
     (age, room, seat) = _draw(rng, split, lambda: (rng.randint(5, 90), rng.randint(101, 999), rng.randint(1, 60)))
-    relative, friend = rng.choice(ZH_RELATIVES), _name(rng, split, "zh")
+    friend = _name(rng, split, "zh")
+    relative = _relative(rng, "zh", friend)
     return [
         (rng.choice([f"我住在{city}", f"我家在{city}", f"我现在住在{city}"]), f"好的，你住在{city}。",
          ["我住在哪里？", "我住在哪个城市？", "我家在哪儿？", "你记得我住哪里吗？"], [f"你住在{city}。"], city),
@@ -374,7 +404,8 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     hobby, day = _draw(rng, split, lambda: (rng.choice(EN_HOBBIES), rng.choice(EN_DAYS)))
     month, date = _draw(rng, split, lambda: (rng.choice(EN_MONTHS), rng.randint(1, 28)))
     age, room, seat = _draw(rng, split, lambda: (rng.randint(5, 90), rng.randint(101, 999), rng.randint(1, 60)))
-    relative, friend = rng.choice(EN_RELATIVES), _name(rng, split, "en")
+    friend = _name(rng, split, "en")
+    relative = _relative(rng, "en", friend)
     where = place.replace("my ", "your ")
     plural = thing in ("keys", "glasses", "gloves", "headphones")
     are, they = ("are", "They are") if plural else ("is", "It is")
@@ -470,7 +501,7 @@ def remember_two(rng: random.Random, split: str) -> Dialogue:
                 f"Your name is {second}.",
             )
     elif lang == "zh":
-        relative = rng.choice(ZH_RELATIVES)
+        relative = _relative(rng, "zh", second)
         told = [(f"我叫{first}，我{relative}叫{second}", f"你好，{first}！也问{second}好。")]
         asked = rng.choice(
             [
@@ -479,7 +510,7 @@ def remember_two(rng: random.Random, split: str) -> Dialogue:
             ]
         )
     else:
-        relative = rng.choice(EN_RELATIVES)
+        relative = _relative(rng, "en", second)
         told = [(f"I am {first} and my {relative} is called {second}.", f"Hello, {first}! Say hello to {second} too.")]
         asked = rng.choice(
             [
@@ -572,8 +603,8 @@ def _zh_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
             (f"{name}的电话是{phone}", {"姓名": name, "电话": phone}),
             (f"请联系{name}，手机号{phone}，地址在{city}", {"姓名": name, "手机": phone, "城市": city}),
             (f"{name}{date}从{city}出发", {"姓名": name, "日期": date, "城市": city}),
-            (f"{event}定在{date}{clock}，地点是{room}", {"活动": event, "日期": date, "时间": clock, "地点": room}),
-            (f"{date}{clock}在{city}有一场{event}", {"日期": date, "时间": clock, "城市": city, "活动": event}),
+            (f"{event}定在{date}{clock}，地点是{room}", {"活动": event, "日期": date, "时刻": clock, "地点": room}),
+            (f"{date}{clock}在{city}有一场{event}", {"日期": date, "时刻": clock, "城市": city, "活动": event}),
             (
                 f"{name}买了{count}斤{fruit}，花了{price}元",
                 {"姓名": name, "商品": fruit, "数量": f"{count}斤", "价格": f"{price}元"},
@@ -855,23 +886,25 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
         word = {"+": "加", "-": "减", "*": "乘以", "/": "除以"}[sign]
         if story:
             name, thing = _zh_name(rng), rng.choice([*ZH_FRUITS, "气球", "鸡蛋", "糖", "铅笔", "本子"])
+            unit = ZH_MEASURES.get(thing, "个")
+            gone = "送出" if thing in ("气球", "铅笔", "本子") else "吃了"
             if sign == "+":
                 query = rng.choice(
                     [
-                        f"{name}有{left}个{thing}，又买了{right}个，一共有多少个？",
-                        f"篮子里有{left}个{thing}，又放进{right}个，现在有几个？",
+                        f"{name}有{left}{unit}{thing}，又买了{right}{unit}，一共有多少{unit}？",
+                        f"篮子里有{left}{unit}{thing}，又放进{right}{unit}，现在有几{unit}？",
                     ]
                 )
-                answer = f"{left}加{right}等于{result}，一共{result}个。"
+                answer = f"{left}加{right}等于{result}，一共{result}{unit}。"
             else:
                 query = rng.choice(
                     [
-                        f"{name}有{left}个{thing}，吃了{right}个，还剩几个？",
-                        f"盒子里有{left}个{thing}，拿走{right}个，还剩多少个？",
-                        f"{left}个{thing}，送给别人{right}个，还剩几个？",
+                        f"{name}有{left}{unit}{thing}，{gone}{right}{unit}，还剩几{unit}？",
+                        f"盒子里有{left}{unit}{thing}，拿走{right}{unit}，还剩多少{unit}？",
+                        f"{left}{unit}{thing}，送给别人{right}{unit}，还剩几{unit}？",
                     ]
                 )
-                answer = f"{left}减{right}等于{result}，还剩{result}个。"
+                answer = f"{left}减{right}等于{result}，还剩{result}{unit}。"
         else:
             query = rng.choice(
                 [
@@ -885,7 +918,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                 if steps and rng.random() < 0.5
                 else f"{left}{word}{right}等于{result}。"
             )
-            answer = answer.replace(", ", "，")
+            answer = answer.replace(", ", "。")  # the tokenizer would turn "，" between digits into ","
     else:
         word = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}[sign]
         if story:
@@ -983,11 +1016,11 @@ def compare_numbers(rng: random.Random, split: str) -> Dialogue:
 def short_list(rng: random.Random, split: str) -> Dialogue:
     """Count, reverse, pick from, or sort a list of two to five words or numbers."""
     lang = _lang(rng)
-    words = {"zh": ZH_FRUITS + ZH_PETS + ZH_COLOURS + ZH_THINGS, "en": EN_FRUITS + EN_PETS + EN_COLOURS + EN_THINGS}[
-        lang
-    ]
-    items = list(_draw(rng, split, lambda: tuple(rng.sample(words, rng.randint(2, 5)))))
     task = rng.choice(("count", "reverse", "first", "last", "sort", "contains", "add"))
+    words = ZH_FRUITS + ZH_THINGS if lang == "zh" else EN_FRUITS + EN_THINGS
+    if task not in ("count", "add"):  # colours are no things to count or to buy
+        words = words + (ZH_PETS + ZH_COLOURS if lang == "zh" else EN_PETS + EN_COLOURS)
+    items = list(_draw(rng, split, lambda: tuple(rng.sample(words, rng.randint(2, 5)))))
     if lang == "zh":
         listed = rng.choice("、 ，").join(items)
         if task == "count":
@@ -1301,12 +1334,13 @@ def advert(rng: random.Random, split: str) -> Dialogue:
         garment = rng.choice(list(ZH_GARMENTS))
         shapes, keys, shape_key = ZH_GARMENTS[garment]
         chosen = rng.sample(keys, rng.randint(1, 3))
+        unfit = {"裤": ("短款", "收腰"), "裙": ("短款",)}.get(garment, ())
         return (
             garment,
             shape_key,
             rng.choice(shapes),
             rng.choice(ZH_COLOURS),
-            *((key, rng.choice(list(ZH_COPY[key]))) for key in chosen),
+            *((key, rng.choice([value for value in ZH_COPY[key] if value not in unfit])) for key in chosen),
         )
 
     garment, shape_key, shape, colour, *features = _draw(rng, split, sample)

@@ -28,9 +28,15 @@ from torch import nn  # noqa: E402
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 from chatglm.chat import build_prompt  # noqa: E402
 from pretraining.corpus import CORPUS_FOLDER, load_dialogues, training_examples  # noqa: E402
+from utils import main_errors  # noqa: E402
 
 IGNORED = -100
 GRADIENT_NORM = 1.0
+# A run cannot be continued with others; --steps and --decay may change on the way.
+FIXED_SETTINGS = (
+    *("hidden_size", "num_layers", "num_attention_heads", "batch_tokens", "max_length"),
+    *("muon_lr", "adam_lr", "warmup", "seed"),
+)
 SMOOTHING = 0.98  # of the loss that is shown
 
 
@@ -212,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoints, log and plot (default: %(default)s)",
     )
     add("--output", type=Path, default=ROOT / "chatglm" / "tiny", help="the finished model (default: %(default)s)")
-    add("--steps", type=int, default=3000, help="batches to train on (default: 3000)")
+    add("--steps", type=int, default=2300, help="batches to train on (default: 2300)")
     add("--batch_tokens", type=int, default=4096, help="most tokens of a batch, padding included (default: 4096)")
     add("--max_length", type=int, default=512, help="longer examples are left out, tokens (default: 512)")
     add("--hidden_size", type=int, default=384, help="width of the network (default: 384)")
@@ -221,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--muon_lr", type=float, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
     add("--adam_lr", type=float, default=3e-3, help="learning rate of everything else (default: 3e-3)")
     add("--warmup", type=int, default=100, help="steps of rising learning rate (default: 100)")
-    add("--decay", type=float, default=0.4, help="last part of the run with falling learning rate (default: 0.4)")
+    add("--decay", type=float, default=0.45, help="last part of the run with falling learning rate (default: 0.45)")
     add("--save_every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--seed", type=int, default=0, help="decides everything random (default: 0)")
     return parser
@@ -229,9 +235,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, or continue training; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    tokenizer = ChatGLMTokenizer.from_pretrained(args.tokenizer)
-    dialogues = load_dialogues(args.corpus)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    settings = {name: getattr(args, name) for name in FIXED_SETTINGS}
+    with main_errors(parser):
+        tokenizer = ChatGLMTokenizer.from_pretrained(args.tokenizer)
+        dialogues = load_dialogues(args.corpus)
     model = initial_model(model_config(args, tokenizer), args.seed)
     optimizers = make_optimizers(model, args.muon_lr, args.adam_lr)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -242,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     seconds, smoothed = 0.0, None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        changed = [f"--{name} {value}" for name, value in state["settings"].items() if value != settings[name]]
+        if changed:
+            parser.error(f"{checkpoint} was made with {' '.join(changed)}: use that, or another --run")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -262,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step, "tokens": tokens, "epoch": epoch, "batch_index": batch_index,
-            "seconds": seconds, "loss": smoothed,
+            "seconds": seconds, "loss": smoothed, "settings": settings,
         }  # fmt: skip
         write_atomically(lambda path: torch.save(state, path), checkpoint)
         plot_loss(log, args.run / "loss.png")
@@ -278,16 +290,16 @@ def main(argv: list[str] | None = None) -> int:
             group["lr"] = rate * factor
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = answer_loss(model, batch)
+        value = loss.item()
+        if not value < float("inf"):
+            print(f"the loss is {value} at step {step}: lower the learning rates", file=sys.stderr)
+            return 1
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        value = loss.item()
-        if not value < float("inf"):
-            print(f"the loss is {value} at step {step}: lower the learning rates", file=sys.stderr)
-            return 1
         smoothed = value if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * value
         step += 1
         tokens += batch.input_ids.numel()

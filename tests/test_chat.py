@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.chat import build_prompt, check_history, process_response
 
-VOCABULARY = "tests/golden/tokenizer/mini_ice_text.model"
+VOCABULARY = Path(__file__).parent / "golden" / "tokenizer" / "mini_ice_text.model"
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,19 @@ def test_broken_bytes_are_not_shown(scripted, tokenizer):
 def test_answer_ends_before_a_stop_string(scripted, tokenizer):
     model = scripted("Hello world Hello")
     for stop in ("world", ["nothing", "wor"]):
-        assert model.chat(tokenizer, "hi", temperature=0, stop=stop)[0] == "Hello "
+        assert model.chat(tokenizer, "hi", temperature=0, stop=stop)[0] == "Hello"
         texts = [text for text, _ in model.stream_chat(tokenizer, "hi", temperature=0, stop=stop)]
-        assert texts[-1] == "Hello "
+        assert texts[-1] == "Hello"
         assert not any("w" in text for text in texts)  # a beginning of the stop string is held back
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(",", "你好"), ("，", "你好"), ("好,", "你"), ("好，", "你")])
+def test_stop_string_is_found_in_either_width(scripted, tokenizer, stop, expected):
+    model = scripted("你好", tokenizer.encode(",", add_special_tokens=False)[-1:], "再见")
+    assert model.chat(tokenizer, "hi", temperature=0)[0] == "你好， 再见"
+    assert model.chat(tokenizer, "hi", temperature=0, stop=stop)[0] == expected
+    *_, (streamed, _) = model.stream_chat(tokenizer, "hi", temperature=0, stop=stop)
+    assert streamed == expected
 
 
 def test_held_back_end_is_shown_when_the_answer_ends_with_it(scripted, tokenizer):
@@ -140,10 +150,64 @@ def test_oldest_rounds_are_dropped_with_a_warning(scripted, tokenizer):
         model.chat(tokenizer, "q", history, max_length=lengths[0], truncate_history=False)
 
 
-def test_history_that_fits_is_kept_in_silence(scripted, tokenizer):
+@pytest.fixture
+def seen(monkeypatch):
+    """Inputs and options that reach `stream_generate` of a Scripted network."""
+    seen = {}
+    original = Scripted.stream_generate
+
+    def stream_generate(self, input_ids, **options):
+        seen.update(options, input_ids=input_ids)
+        return original(self, input_ids, **options)
+
+    monkeypatch.setattr(Scripted, "stream_generate", stream_generate)
+    return seen
+
+
+def test_prompt_without_dropped_rounds_counts_from_zero(scripted, tokenizer, seen):
+    history = [("第一" * 20, "a"), ("第二", "b")]
+    rest = build_prompt("q", history[1:])
+    max_length = len(tokenizer(rest)["input_ids"]) + 20
+    with pytest.warns(UserWarning, match="dropped the oldest 1 of 2"):
+        scripted("好").chat(tokenizer, "q", history, max_length=max_length, temperature=0)
+    assert rest.startswith("[Round 0]")
+    assert seen["input_ids"].tolist() == [tokenizer(rest)["input_ids"]]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 5000}, {"truncate_history": False, "max_length": 60}])
+def test_history_that_fits_is_kept_in_silence(scripted, tokenizer, seen, options):
+    history = [["a", "b"], ("c", "")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scripted("好").chat(tokenizer, "q", [("a", "b")], temperature=0)
+        _, new_history = scripted("好").chat(tokenizer, "q", history, temperature=0, **options)
+    assert seen["input_ids"].tolist() == [tokenizer(build_prompt("q", history))["input_ids"]]
+    assert new_history == [("a", "b"), ("c", ""), ("q", "好")]
+
+
+def test_sop_written_by_a_user_does_not_end_the_prompt(scripted, tokenizer, seen):
+    scripted("好").chat(tokenizer, "a<sop>b", temperature=0)
+    ids = seen["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("query", ["", "   ", "\n", "<eop>", "[MASK]", "[gMASK]", "<unk>"])
+def test_unusual_queries_are_answered(scripted, tokenizer, query):
+    assert scripted("好").chat(tokenizer, query, temperature=0) == ("好", [(query, "好")])
+
+
+def test_other_options_reach_generate(scripted, tokenizer):
+    model = scripted("Hello Hello Hello")
+    hello = tokenizer.encode("Hello", add_special_tokens=False)
+    assert model.chat(tokenizer, "hi", temperature=0, suppress_tokens=hello[:1])[0] != "Hello Hello Hello"
+    assert model.chat(tokenizer, "hi", temperature=0, eos_token_id=hello[-1])[0] == "Hello"
+
+    class Forbid:
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(-1, torch.tensor(hello[:1]), -torch.inf)
+
+    forbidden = model.chat(tokenizer, "hi", temperature=0, logits_processor=[Forbid()])[0]
+    assert forbidden and "Hello" not in forbidden.split()[0]
 
 
 def test_query_that_does_not_fit_alone_names_both_numbers(scripted, tokenizer):
@@ -172,27 +236,37 @@ def test_seed_repeats_an_answer_and_another_seed_gives_another(random_model, tok
     def answer(seed):
         return random_model.chat(tokenizer, "hi", seed=seed, max_new_tokens=12, top_p=1.0)[0]
 
-    assert answer(1) == answer(1) != answer(2)
+    assert answer(0) == answer(0) != answer(1) == answer(1)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    answer(3)
     beams = [random_model.chat(tokenizer, "hi", seed=5, num_beams=2, max_new_tokens=12)[0] for _ in range(2)]
     assert beams[0] == beams[1]
+    assert torch.equal(torch.rand(1), expected)  # the global seed is left alone
 
 
 def test_temperature_zero_is_greedy(random_model, tokenizer):
     greedy = random_model.chat(tokenizer, "hi", do_sample=False, max_new_tokens=12)
-    assert random_model.chat(tokenizer, "hi", temperature=0, max_new_tokens=12) == greedy
+    for temperature in (0, 1e-40):
+        assert random_model.chat(tokenizer, "hi", temperature=temperature, max_new_tokens=12) == greedy
+    beams = [random_model.chat(tokenizer, "hi", temperature=0, num_beams=3, max_new_tokens=12) for _ in range(2)]
+    assert beams[0] == beams[1]
 
 
-def test_pad_written_by_a_user_is_text(random_model, tokenizer, monkeypatch):
-    seen = {}
-
-    def stream_generate(input_ids, attention_mask, **options):
-        seen.update(input_ids=input_ids, attention_mask=attention_mask)
-        yield input_ids
-
-    monkeypatch.setattr(random_model, "stream_generate", stream_generate)
-    random_model.chat(tokenizer, "<pad>hi")
+def test_pad_written_by_a_user_is_text(scripted, tokenizer, seen):
+    scripted("好").chat(tokenizer, "<pad>hi", temperature=0)
     assert seen["input_ids"][0, 0] == tokenizer.pad_token_id
     assert seen["attention_mask"].tolist() == [[1] * seen["input_ids"].shape[1]]
+
+
+def test_closing_the_stream_stops_the_work(scripted, tokenizer):
+    model = scripted("Hello world Hello world")
+    answers = model.stream_chat(tokenizer, "hi", temperature=0)
+    next(answers)
+    next(answers)
+    answers.close()
+    assert model.told == 1  # two steps, counted from 0
 
 
 @pytest.mark.parametrize(
@@ -203,14 +277,17 @@ def test_pad_written_by_a_user_is_text(random_model, tokenizer, monkeypatch):
         ({"history": "hello"}, TypeError, r"history must be a list of \(query, response\) pairs, got str"),
         ({"history": [("a",)]}, ValueError, r"history\[0\] must be a \(query, response\) pair, got \('a',\)"),
         ({"history": [("a", "b"), ("c", None)]}, TypeError, r"the response of history\[1\] must be a string"),
-        ({"max_length": 0}, ValueError, "max_length must be at least 1 token, got 0"),
-        ({"max_length": 2.5}, TypeError, "max_length must be a whole number of tokens, got float"),
-        ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be at least 1 token, got -1"),
+        ({"max_length": 0}, ValueError, "max_length must be a whole number of tokens, at least 1, got 0"),
+        ({"max_length": 2.5}, TypeError, "max_length must be a whole number of tokens, at least 1, got float"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be a whole number of tokens, at least 1, got -1"),
         ({"top_p": 1.5}, ValueError, "top_p must be a number from 0 to 1, got 1.5"),
         ({"top_p": float("nan")}, ValueError, "top_p must be a number from 0 to 1, got nan"),
-        ({"temperature": -0.1}, ValueError, "temperature must be a number of at least 0, got -0.1"),
-        ({"temperature": "warm"}, TypeError, "temperature must be a number of at least 0, got str"),
+        ({"temperature": -0.1}, ValueError, "temperature must be a number from 0 to 100, got -0.1"),
+        ({"temperature": "warm"}, TypeError, "temperature must be a number from 0 to 100, got str"),
         ({"stop": [""]}, ValueError, "a stop string must not be empty"),
+        ({"stop": [5]}, TypeError, "a stop string must be a string, got int"),
+        ({"seed": 1.5}, TypeError, "seed must be a whole number of at most 64 bits, got float"),
+        ({"seed": 2**70}, ValueError, "seed must be a whole number of at most 64 bits"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(scripted, tokenizer, arguments, kind, sentence):
@@ -223,4 +300,4 @@ def test_bad_arguments_are_refused_in_one_sentence(scripted, tokenizer, argument
 
 
 def test_history_of_json_lists_is_accepted():
-    assert check_history([["a", "b"]]) == [["a", "b"]]
+    assert check_history([["a", "b"]]) == [("a", "b")]

@@ -123,6 +123,37 @@ def test_beam_scores_are_the_log_probabilities_of_their_answers(model):
     torch.testing.assert_close(result.sequences_scores, chosen, atol=1e-4, rtol=1e-4)
 
 
+def test_filters_that_forbid_tokens_do_not_look_like_broken_scores(model):
+    guard = LogitsProcessorList([InvalidScoreLogitsProcessor()])
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    free = model.generate(torch.tensor(PROMPT), logits_processor=guard, **options)[0, 5:].tolist()
+    other = model.generate(torch.tensor(PROMPT), logits_processor=guard, suppress_tokens=free[:1], **options)
+    assert free[0] not in other[0, 5:].tolist()
+    assert other[0, 5:].tolist() != [5] * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_beams": 2}, "stream_generate gives one answer to each prompt"),
+        ({"num_return_sequences": 2, "do_sample": True}, "stream_generate gives one answer to each prompt"),
+        ({"streamer": object()}, "stream_generate yields every token itself"),
+        ({"cache_implementation": "static"}, "the cache must grow, got StaticCache"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(model, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        list(model.stream_generate(torch.tensor(PROMPT), max_new_tokens=3, **options))
+
+
+def test_filled_cache_and_lookup_are_refused(model):
+    cache = model(torch.tensor(PROMPT), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="starts from an empty cache"):
+        list(model.stream_generate(torch.tensor(PROMPT), past_key_values=cache, max_new_tokens=3))
+    with pytest.raises(ValueError, match="cannot extend two position streams"):
+        model.generate(torch.tensor(PROMPT), prompt_lookup_num_tokens=2, max_new_tokens=3)
+
+
 def test_rows_of_a_batch_follow_their_own_positions(model):
     rows = [[7, 8, GMASK, BOS], [9, 10, 11, 12, MASK, 13, BOS]]
     ids = torch.tensor([[3, 3, 3, *rows[0]], rows[1]])

@@ -89,9 +89,26 @@ def test_positions_are_asked_for_when_the_cache_holds_tokens():
         model(torch.tensor([[5]]), past_key_values=cache)
 
 
+def test_positions_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"position_ids must be \[batch, 2, seq_len\], got \[1, 4\]"):
+        small_model()(torch.tensor([ROWS[0]]), position_ids=torch.arange(4)[None])
+    with pytest.raises(ValueError, match=r"position_ids must be \[batch, seq_len\], got \[1, 2, 4\]"):
+        small_model(position_encoding_2d=False)(
+            torch.tensor([ROWS[0]]), position_ids=torch.zeros(1, 2, 4, dtype=torch.long)
+        )
+
+
+def test_four_dimensional_mask_that_is_not_bool_is_refused():
+    hidden = torch.zeros(1, 1, 4, 4, dtype=torch.long)
+    for call in (small_model(), small_model().generate):
+        with pytest.raises(ValueError, match=r"must be bool with True = hidden, got torch[.]int64"):
+            call(torch.tensor([ROWS[0]]), attention_mask=hidden)
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"hidden_size": 30}, "hidden_size must be num_attention_heads times a multiple of 4, got hidden_size 30"),
         ({"hidden_size": 8}, "got hidden_size 8 and num_attention_heads 4"),
         ({"pre_seq_len": 0}, "pre_seq_len must be a positive number of tokens or None, got 0"),
@@ -120,11 +137,13 @@ def test_checkpointing_leaves_prefix_gradients_unchanged(prefix_projection):
     torch.testing.assert_close(*gradients)
 
 
-def test_cached_steps_with_prefix_and_padding_equal_single_rows():
-    model = small_model(pre_seq_len=5)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("choice", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_steps_with_prefix_and_padding_equal_single_rows(attn_implementation, choice):
+    model = small_model(pre_seq_len=5, attn_implementation=attn_implementation)
     torch.nn.init.normal_(model.transformer.prefix_encoder.embedding.weight)
     ids, mask = left_padded(ROWS)
-    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, **choice}
     batch = model.generate(ids, attention_mask=mask, **options)
     for row, answer in zip(ROWS, batch, strict=True):
         single = model.generate(torch.tensor([row]), **options)

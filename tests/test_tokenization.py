@@ -8,7 +8,7 @@ import pytest
 from chatglm import ChatGLMTokenizer
 from chatglm.tokenization_chatglm import decode_whitespace, encode_whitespace
 
-TINY = Path("chatglm/tiny/ice_text.model")
+TINY = Path(__file__).parents[1] / "chatglm" / "tiny" / "ice_text.model"
 
 
 @pytest.fixture(scope="module")

@@ -87,10 +87,10 @@ def test_given_flags_arrive_with_their_types():
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("--top_p", "0", "must be above 0 and at most 1, got 0"),
-        ("--top_p", "nan", "must be above 0 and at most 1, got nan"),
-        ("--temperature", "-1", "must be a number from 0 up, got -1"),
-        ("--temperature", "hot", "must be a number from 0 up, got hot"),
+        ("--top_p", "-0.1", "must be from 0 to 1, got -0.1"),
+        ("--top_p", "nan", "must be from 0 to 1, got nan"),
+        ("--temperature", "-1", "must be from 0 to 100, got -1"),
+        ("--temperature", "hot", "must be from 0 to 100, got hot"),
         ("--max_length", "0", "must be a whole number above 0, got 0"),
         ("--max_new_tokens", "1.5", "must be a whole number above 0, got 1.5"),
         ("--device", "tpu", "invalid choice: 'tpu'"),

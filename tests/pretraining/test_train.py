@@ -1,6 +1,7 @@
 """Training of the embedded model: batches, objective, schedule, and a run that is interrupted and continued."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from chatglm.chat import build_prompt
 from pretraining import train
 from pretraining.corpus import Example
 
-TINY = "chatglm/tiny"
+TINY = str(Path(__file__).parents[2] / "chatglm" / "tiny")
 SETTINGS = (
     "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --batch_tokens 256 --max_length 64 --warmup 2".split()
 )
@@ -96,6 +97,13 @@ def test_interrupted_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatc
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1]
     assert (tmp_path / "broken" / "loss.png").stat().st_size > 0
+
+
+def test_other_settings_do_not_continue_a_run(corpus, tmp_path, capsys):
+    run(corpus, tmp_path, steps=3)
+    with pytest.raises(SystemExit):
+        train.main([*SETTINGS, "--corpus", str(corpus), "--tokenizer", TINY, "--run", str(tmp_path), "--seed", "1"])
+    assert "was made with --seed 0: use that, or another --run" in capsys.readouterr().err
 
 
 def test_loss_falls(corpus, tmp_path):
