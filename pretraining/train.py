@@ -218,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoints, log and plot (default: %(default)s)",
     )
     add("--output", type=Path, default=ROOT / "chatglm" / "tiny", help="the finished model (default: %(default)s)")
-    add("--steps", type=int, default=2300, help="batches to train on (default: 2300)")
+    add("--steps", type=int, default=2600, help="batches to train on (default: 2600)")
     add("--batch_tokens", type=int, default=4096, help="most tokens of a batch, padding included (default: 4096)")
     add("--max_length", type=int, default=512, help="longer examples are left out, tokens (default: 512)")
     add("--hidden_size", type=int, default=384, help="width of the network (default: 384)")
