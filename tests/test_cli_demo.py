@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 import cli_demo
-from utils import DEFAULT_MODEL
 
 pexpect = pytest.importorskip("pexpect")
 pyte = pytest.importorskip("pyte")
@@ -29,9 +28,6 @@ PATIENCE = 60  # seconds; machines that run tests are busy
 CTRL_C, CTRL_D, BACKSPACE, UP = "\x03", "\x04", "\x7f", "\x1b[A"
 
 on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
-with_weights = pytest.mark.skipif(
-    not any(Path(DEFAULT_MODEL).glob("*.safetensors")), reason="chatglm/tiny has no weights yet"
-)
 
 
 # A terminal -----------------------------------------------------------------------------------------------------------
@@ -478,7 +474,6 @@ def test_plain_text_comes_line_by_line(capsys):
 # The embedded checkpoint ----------------------------------------------------------------------------------------------
 
 
-@with_weights
 def test_embedded_model_answers_in_a_pipe():
     done = run("你好\nstop\n".encode(), DEMO, "--temperature", "0", "--device", "cpu", "--max_new_tokens", "40")
     assert done.returncode == 0
@@ -487,7 +482,6 @@ def test_embedded_model_answers_in_a_pipe():
     assert re.fullmatch(r"loaded ChatGLM-Tiny .*\n", done.stderr.decode())
 
 
-@with_weights
 @on_a_terminal
 def test_embedded_model_answers_on_a_terminal(open_terminal):
     terminal = open_terminal(DEMO, ["--seed", "1", "--device", "cpu", "--max_new_tokens", "40"])

@@ -63,6 +63,16 @@ def test_flag_table_lists_every_flag_of_the_terminal_chat():
     assert sorted(table_keys(CHINESE, r"`--\w+`")) == sorted(f"`{flag}`" for flag in flags)
 
 
+def test_dialogue_is_what_the_embedded_model_says(model, tokenizer):
+    (dialogue,) = (code for language, code in code_blocks(CHINESE) if language == "text")
+    history = []
+    for part in dialogue.strip().split("用户：")[1:]:
+        query, answer = part.strip().split("\nChatGLM-Tiny：")
+        response, history = model.chat(tokenizer, query, history, temperature=0)
+        assert response == answer
+    assert len(history) == 6
+
+
 def test_python_snippets_run(embedded):
     code = "".join(code for language, code in code_blocks(CHINESE) if language == "python")
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2"}

@@ -11,7 +11,7 @@ from utils import DEFAULT_MODEL, load_model
 def test_greedy_reply_of_tiny_checkpoint_is_known(model, tokenizer):
     """Tokenizer, network, weights, decoding and post-processing in one equality."""
     response, history = model.chat(tokenizer, "你好", temperature=0)
-    assert response == "PINNED"
+    assert response == "你好！我是 ChatGLM-Tiny，一个小小的演示对话模型。很高兴见到你，想聊点什么呢？"
     assert history == [("你好", response)]
 
 
@@ -19,7 +19,7 @@ def test_classic_second_question_is_answered_after_the_first(model, tokenizer):
     _, history = model.chat(tokenizer, "你好", temperature=0)
     response, history = model.chat(tokenizer, "晚上睡不着应该怎么办", history, temperature=0)
     assert len(history) == 2
-    assert "睡" in response
+    assert "手机" in response and "咖啡" in response  # advice, not an echo
 
 
 @pytest.mark.parametrize("query", ["你是谁？", "Who are you?"])
