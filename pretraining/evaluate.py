@@ -1,8 +1,8 @@
 """Measure a chat model on text it was not trained on: `python pretraining/evaluate.py`.
 
 Three judges, all repeatable: perplexity of the reference answers to held-out phrasings; a rubric of words for the
-unseen questions of corpus/evaluation.jsonl; and free-running greedy answers to a sample of held-out phrasings and of
-generated dialogues with unseen names and numbers. An answer to a held-out phrasing counts as sensible if it shares
+unseen questions of corpus/evaluation.jsonl; and free-running greedy answers to samples of trained and of held-out
+phrasings and of generated dialogues with unseen names and numbers. An answer to a held-out phrasing counts as sensible if it shares
 enough pairs of neighbouring Hanzi or words with a reference answer (F1 of at least BIGRAM_F1). An answer that runs in
 circles never counts.
 """
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, this folder is on the path and
 from pretraining.corpus import (  # noqa: E402
     CORPUS_FOLDER,
     EVALUATION_FILE,
+    Dialogue,
     Example,
     heldout_examples,
     load_dialogues,
@@ -149,6 +150,21 @@ def heldout_questions(examples: list[Example], count: int, rng: random.Random) -
             references=example.references,
         )
         for example in rng.sample(examples, min(count, len(examples)))
+    ]
+
+
+def trained_questions(dialogues: list[Dialogue], count: int, rng: random.Random) -> list[Question]:
+    """A sample of opening turns in a phrasing that training did see: how much was learnt at all."""
+    return [
+        Question(
+            "trained phrasings",
+            "opening",
+            dialogue.lang,
+            [],
+            rng.choice(dialogue.turns[0].user),
+            references=dialogue.turns[0].assistant,
+        )
+        for dialogue in rng.sample(dialogues, min(count, len(dialogues)))
     ]
 
 
@@ -300,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--corpus", type=Path, default=CORPUS_FOLDER, help="folder of dialogues (default: %(default)s)")
-    add("--samples", type=int, default=200, help="held-out phrasings to answer (default: 200)")
+    add("--samples", type=int, default=200, help="held-out and trained phrasings to answer, each (default: 200)")
     add("--generated", type=int, default=10, help="generated dialogues to answer for each skill (default: 10)")
     add("--limit", type=int, help="most examples and questions of each part, for a quick look (default: all)")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
@@ -317,11 +333,13 @@ def main(argv: list[str] | None = None) -> None:
         if value is not None and value < 0:
             parser.error(f"--{name} must be 0 or more, got {value}")
     with main_errors(parser):
-        examples = heldout_examples(load_dialogues(args.corpus))
+        dialogues = load_dialogues(args.corpus)
+        examples = heldout_examples(dialogues)
         questions = evaluation_questions(args.corpus / EVALUATION_FILE)
         model, tokenizer = load_model(**model_options(args))
     rng = random.Random(args.seed)
     groups = [questions, heldout_questions(examples, args.samples, rng), generated_questions(args.generated, rng)]
+    groups.append(trained_questions(dialogues, args.samples, rng))
     if args.limit is not None:
         examples, *groups = [rng.sample(part, min(args.limit, len(part))) for part in (examples, *groups)]
 
