@@ -1,10 +1,10 @@
 """Measure a chat model on text it was not trained on: `python pretraining/evaluate.py`.
 
 Three judges, all repeatable: perplexity of the reference answers to held-out phrasings; a rubric of words for the
-unseen questions of corpus/evaluation.jsonl; and free-running greedy answers to samples of trained and of held-out
-phrasings and of generated dialogues with unseen names and numbers. An answer to a held-out phrasing counts as sensible if it shares
-enough pairs of neighbouring Hanzi or words with a reference answer (F1 of at least BIGRAM_F1). An answer that runs in
-circles never counts.
+unseen questions of corpus/evaluation.jsonl; and free-running greedy answers to samples of trained phrasings, of
+held-out phrasings and of generated dialogues with unseen names and numbers. An answer to a phrasing counts as sensible
+if it shares enough pairs of neighbouring Hanzi or words with a reference answer (F1 of at least BIGRAM_F1). An answer
+that runs in circles never counts.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from pretraining.corpus import Example
+from pretraining.corpus import Example, load_dialogues
 from pretraining.evaluate import (
     Likelihood,
     Question,
@@ -21,6 +21,7 @@ from pretraining.evaluate import (
     likelihoods,
     main,
     meets,
+    trained_questions,
     transcript,
 )
 from pretraining.grammars import SKILLS
@@ -140,6 +141,13 @@ def test_generated_questions_cover_every_skill():
     questions = generated_questions(2, random.Random(0))
     assert [question.kind for question in questions] == [name for name in SKILLS for _ in range(2)]
     assert all(question.expect["all"] for question in questions)
+
+
+def test_trained_questions_are_opening_phrasings_with_their_answers():
+    openings = {(query, tuple(turn.assistant)) for d in load_dialogues() for turn in d.turns[:1] for query in turn.user}
+    questions = trained_questions(load_dialogues(), 50, random.Random(0))
+    assert len(questions) == 50
+    assert all((question.query, tuple(question.references)) in openings for question in questions)
 
 
 def test_negative_limit_is_refused(capsys):
