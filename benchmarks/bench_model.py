@@ -63,15 +63,7 @@ class NeverEnd(LogitsProcessor):
 
 def full_config(tokenizer):
     """Sizes of the published ChatGLM-6B with the special ids of the given tokenizer, which can then drive it."""
-    return ChatGLMConfig(
-        vocab_size=130528,
-        use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        gmask_token_id=tokenizer.gmask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    return ChatGLMConfig(vocab_size=130528, use_cache=True, **tokenizer.config_ids)
 
 
 def build_random(config, dtype):

@@ -145,14 +145,13 @@ class ChatMixin:
                 if seed is not None:
                     torch.manual_seed(seed)
                 ids = self.generate(**inputs, num_beams=num_beams, **options)
-            response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
         else:
             ids = inputs["input_ids"]
             steps = self.stream_generate(**inputs, **options, generator=self._generator(seed), yield_last=True)
             for ids in steps:
                 if stop and cut_at_stop(self._response(tokenizer, ids, inputs), stop)[1]:
                     break
-            response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
+        response, _ = cut_at_stop(self._response(tokenizer, ids, inputs), stop)
         return response, [*history, (query, response)]
 
     def stream_chat(
@@ -240,11 +239,11 @@ class ChatMixin:
             # A <sop> that someone typed would end the prompt there.
             return [i for i in ids if i != tokenizer.bos_token_id] + [last]
 
-        dropped = 0
-        if truncate_history:
-            longest = max_length - min(max_new_tokens or max_length, max(1, max_length // 8))
-            dropped = bisect_left(range(len(history)), True, key=lambda first: len(encode(first)) <= longest)
-        ids = encode(dropped)
+        dropped, ids = 0, encode(0)
+        longest = max_length - min(max_new_tokens or max_length, max(1, max_length // 8))
+        if history and truncate_history and len(ids) > longest:
+            dropped = bisect_left(range(len(history)), True, lo=1, key=lambda first: len(encode(first)) <= longest)
+            ids = encode(dropped)
         if len(ids) >= max_length:
             what = "query and history have" if dropped < len(history) else "the query has"
             raise ValueError(

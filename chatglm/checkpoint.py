@@ -26,7 +26,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import SIZES, ChatGLMConfig
 from .modeling_chatglm import ChatGLMForConditionalGeneration
 from .tokenization_chatglm import VOCAB_FILE_NAME, ChatGLMTokenizer
 
@@ -41,7 +41,6 @@ WEIGHT_FILES = (
 )
 HEAD, EMBEDDING, PREFIX = "lm_head.weight", "transformer.word_embeddings.weight", "transformer.prefix_encoder."
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size")
 SECOND_GENERATION_FIELDS = {"ffn_hidden_size", "multi_query_attention", "padded_vocab_size", "rmsnorm"}
 UNQUANTISED_ONLY = "this version loads unquantised checkpoints only, such as THUDM/chatglm-6b"
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}

@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size")
+
 
 class ChatGLMConfig(PreTrainedConfig):
     """Every size of the network by name.
@@ -62,7 +64,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         rotary_parts = 2 if self.position_encoding_2d else 1

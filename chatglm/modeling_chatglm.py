@@ -321,18 +321,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 raise ValueError("position_ids must be given with inputs_embeds or when past_key_values holds tokens")
             padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
             position_ids = self.get_position_ids(input_ids, padding)
-        if position_ids.dim() == 2 and not self.config.position_encoding_2d:
-            position_ids = position_ids[:, None]  # [batch, streams, seq_len]
         streams = 2 if self.config.position_encoding_2d else 1
+        if position_ids.dim() == 2 and streams == 1:
+            position_ids = position_ids[:, None]  # [batch, streams, seq_len]
         if position_ids.dim() != 3 or position_ids.shape[1] != streams:
             expected = "[batch, 2, seq_len]" if streams == 2 else "[batch, seq_len]"
             raise ValueError(f"position_ids must be {expected}, got {list(position_ids.shape)}")
 
         visible = self._visible(input_ids, inputs_embeds, attention_mask, past_key_values, past_length)
-        rotary_dim = self.config.head_dim // streams
-        # [batch, 1, seq_len, streams, rotary_dim]
-        places = position_ids.transpose(1, 2).unsqueeze(1)
-        rotary = rotary_embedding(places, rotary_dim, inputs_embeds.dtype)
+        places = position_ids.transpose(1, 2).unsqueeze(1)  # [batch, 1, seq_len, streams]
+        rotary = rotary_embedding(places, self.config.head_dim // streams, inputs_embeds.dtype)
         prefix = [None] * self.config.num_layers
         if self.config.pre_seq_len is not None and past_length == 0:
             prefix = self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)

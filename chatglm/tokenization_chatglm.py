@@ -134,6 +134,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._vocab[self.end_token]
 
     @property
+    def config_ids(self) -> dict[str, int]:
+        """The special ids that a ChatGLMConfig of this vocabulary needs, by the names of its fields."""
+        names = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def vocab_size(self) -> int:
         """Image tokens plus pieces; the model's embedding may have more rows."""
         return len(self._vocab)

@@ -338,8 +338,12 @@ def main(argv: list[str] | None = None) -> None:
         questions = evaluation_questions(args.corpus / EVALUATION_FILE)
         model, tokenizer = load_model(**model_options(args))
     rng = random.Random(args.seed)
-    groups = [questions, heldout_questions(examples, args.samples, rng), generated_questions(args.generated, rng)]
-    groups.append(trained_questions(dialogues, args.samples, rng))
+    groups = [
+        questions,
+        heldout_questions(examples, args.samples, rng),
+        generated_questions(args.generated, rng),
+        trained_questions(dialogues, args.samples, rng),
+    ]
     if args.limit is not None:
         examples, *groups = [rng.sample(part, min(args.limit, len(part))) for part in (examples, *groups)]
 

@@ -120,12 +120,8 @@ def model_config(args: argparse.Namespace, tokenizer: ChatGLMTokenizer) -> ChatG
         num_attention_heads=args.num_attention_heads,
         inner_hidden_size=4 * args.hidden_size,
         use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        gmask_token_id=tokenizer.gmask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,  # an own head learns faster here: the residual favours repeating the input
+        **tokenizer.config_ids,
     )
 
 

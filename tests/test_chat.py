@@ -18,6 +18,11 @@ def tokenizer():
     return ChatGLMTokenizer(VOCABULARY)
 
 
+def small_config(tokenizer, width, num_layers):
+    sizes = {"hidden_size": width, "inner_hidden_size": width, "num_layers": num_layers, "num_attention_heads": 2}
+    return ChatGLMConfig(vocab_size=tokenizer.vocab_size, use_cache=True, **sizes, **tokenizer.config_ids)
+
+
 class Scripted(ChatGLMForConditionalGeneration):
     """A network whose answer is given in advance: the next token of `script` always has the highest score."""
 
@@ -35,12 +40,7 @@ class Scripted(ChatGLMForConditionalGeneration):
 @pytest.fixture
 def scripted(tokenizer):
     torch.manual_seed(0)
-    config = ChatGLMConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_attention_heads=2, inner_hidden_size=16,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, gmask_token_id=tokenizer.gmask_token_id, pad_token_id=3, use_cache=True,
-    )  # fmt: skip
-    model = Scripted(config).eval()
+    model = Scripted(small_config(tokenizer, width=16, num_layers=1)).eval()
 
     def say(*parts):
         """Parts are texts or lists of ids; <eop> follows."""
@@ -224,12 +224,7 @@ def test_max_new_tokens_limits_the_answer(scripted, tokenizer):
 @pytest.fixture(scope="module")
 def random_model(tokenizer):
     torch.manual_seed(1)
-    config = ChatGLMConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_attention_heads=2, inner_hidden_size=32,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        mask_token_id=tokenizer.mask_token_id, gmask_token_id=tokenizer.gmask_token_id, pad_token_id=3, use_cache=True,
-    )  # fmt: skip
-    return ChatGLMForConditionalGeneration(config).eval()
+    return ChatGLMForConditionalGeneration(small_config(tokenizer, width=32, num_layers=2)).eval()
 
 
 def test_seed_repeats_an_answer_and_another_seed_gives_another(random_model, tokenizer):
