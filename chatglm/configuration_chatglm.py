@@ -25,7 +25,7 @@ class ChatGLMConfig(PreTrainedConfig):
     max_sequence_length     length used in training, tokens; not enforced
     position_encoding_2d    two position streams (place in the prompt, place in the answer) or one
     quantization_bit        0, 4 or 8 bits per weight of the linear layers
-    quantization_embeddings embedding and head quantised too
+    quantization_embeddings embedding and head quantised too: True = to as many bits, or 4 or 8
     pre_seq_len             length of the P-Tuning v2 prefix in tokens; None = no prefix encoder
     prefix_projection       the prefix goes through a two-layer MLP
     tie_word_embeddings     head and embedding share one matrix
@@ -57,7 +57,7 @@ class ChatGLMConfig(PreTrainedConfig):
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
     quantization_bit: int = 0
-    quantization_embeddings: bool = False
+    quantization_embeddings: bool | int = False
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     tie_word_embeddings: bool = True
@@ -73,6 +73,10 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"hidden_size must be num_attention_heads times a multiple of {2 * rotary_parts}, "
                 f"got hidden_size {self.hidden_size} and num_attention_heads {self.num_attention_heads}"
             )
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}")
+        if self.quantization_embeddings not in (False, True, 4, 8):
+            raise ValueError(f"quantization_embeddings must be false, true, 4 or 8, got {self.quantization_embeddings}")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"pre_seq_len must be a positive number of tokens or None, got {self.pre_seq_len}")
 
@@ -80,3 +84,10 @@ class ChatGLMConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embedding_bits(self) -> int:
+        """Bits per weight of embedding and head, 0 if they are not quantised."""
+        if self.quantization_embeddings is True:
+            return self.quantization_bit
+        return int(self.quantization_embeddings)

@@ -8,6 +8,7 @@ What is unusual (GLM, arXiv 2103.10360; GLM-130B, arXiv 2210.02414):
 * Queries, keys and values are interleaved per head in one projection.
 """
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -24,6 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import ChatGLMGenerationMixin, check_hidden_mask
+from .quantization import QuantizedModule, embedding_class, linear_class, quantize_model, tie_scales
+
+logger = logging.getLogger(__name__)
 
 # The constant 28 belongs to the architecture: the residual factor does not follow config.num_layers.
 ALPHA = (2 * 28) ** 0.5
@@ -98,8 +102,9 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = False  # the mask says everything; without one, nothing is hidden
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        linear = linear_class(config.quantization_bit)
+        self.query_key_value = linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states, rotary, attention_mask=None, prefix=None, past_key_values=None, **kwargs):
         """Returns the attention output [batch, seq_len, hidden_size] and the weights (None with sdpa)."""
@@ -126,8 +131,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        linear = linear_class(config.quantization_bit)
+        self.dense_h_to_4h = linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
@@ -203,6 +209,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$",)
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": SelfAttention}  # noqa: RUF012
 
+    def _init_weights(self, module):
+        if not isinstance(module, QuantizedModule):  # made of zeros, to be loaded
+            super()._init_weights(module)
+
     def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Positions of whole rows: [batch, 2, seq_len], or [batch, seq_len] for a model with one stream.
 
@@ -241,7 +251,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = embedding_class(config.embedding_bits)(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len is not None:
@@ -310,7 +320,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None and inputs_embeds is None:
             raise ValueError("either input_ids or inputs_embeds must be given")
         if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+            # A quantised or narrower table has a dtype of its own.
+            inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and past_key_values.is_compileable:
@@ -354,10 +365,40 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear_class(config.embedding_bits)(config.hidden_size, config.vocab_size, bias=False)
         if config.pre_seq_len is not None:
             self.lm_head.requires_grad_(False)
         self.post_init()
+        if config.embedding_bits:
+            tie_scales(self)
+            self.tie_weights(recompute_mapping=False)
+
+    def quantize(self, bits: int, quantize_embeddings: bool = False, **kwargs):
+        """Quantise the linear layers in place to 4 or 8 bits, one at a time, and return the model.
+
+        quantize_embeddings  embedding and head too
+        kwargs               the original's use_quantization_cache and empty_init, which change nothing here
+
+        0 bits change nothing, and the same bits as before do not either. Raises ValueError for other bits than 4 and 8,
+        for a model that has other bits already, and for widths that do not fit.
+        """
+        unknown = kwargs.keys() - {"use_quantization_cache", "empty_init"}
+        if unknown:
+            raise TypeError(f"quantize takes bits and quantize_embeddings, got {', '.join(sorted(unknown))} as well")
+        config = self.config
+        if bits == 0:
+            return self
+        if config.quantization_bit not in (0, bits):
+            raise ValueError(
+                f"this model is quantised to {config.quantization_bit} bits already and cannot be changed to {bits}: "
+                "load the unquantised checkpoint for that"
+            )
+        layer_bits = bits if config.quantization_bit == 0 else 0
+        embedding_bits = bits if quantize_embeddings and not config.embedding_bits else 0
+        if not layer_bits and not embedding_bits:
+            logger.warning("this model is quantised to %d bits already: nothing to do", bits)
+        quantize_model(self, layer_bits, embedding_bits)
+        return self
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the folder names its code for every Auto class of this model."""

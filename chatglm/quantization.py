@@ -1,0 +1,338 @@
+"""INT8 and INT4 weights: the arithmetic in plain torch, which is the truth, and the modules that hold them.
+
+What is unusual:
+
+* A row has one scale; INT4 puts two neighbouring columns into one byte, the even one in the high four bits.
+* Checkpoints and state dicts always hold these published bytes. On a CPU the fast kernels keep them in another order,
+  so that there is one copy in memory; everything that looks at a module from outside gets the published order back.
+* `kernels` is looked up, never required: a folder loaded with trust_remote_code brings this file alone.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+LAYERS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+ACTIVATIONS = ("int8", "bf16", "float32")
+BLOCK = 1 << 24  # matrix entries handled at a time: bounds what a large matrix needs beside itself
+
+_packing = threading.Lock()
+
+
+# The truth ------------------------------------------------------------------------------------------------------------
+
+
+def check_bits(bits: int, in_features: int = 0) -> None:
+    """Raises ValueError unless bits is 4 or 8 and rows of in_features entries can be stored in them."""
+    if bits not in (4, 8):
+        raise ValueError(f"weights are quantised to 4 or 8 bits, got {bits}")
+    if bits == 4 and in_features % 2:
+        raise ValueError(f"INT4 stores two columns per byte, so the width must be even, got {in_features}: use 8 bits")
+
+
+def quantize_weight(
+    weight: torch.Tensor, bits: int, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored integers [out, in * bits // 8], int8, and scales [out] of a matrix [out, in].
+
+    The arithmetic, and so the dtype of the scales, is `dtype`; by default that of the weight, and float32 for bfloat16.
+    The published checkpoints were made in float16, which is why the exact bytes depend on it.
+
+    Raises ValueError for other bits than 4 or 8, an odd width with 4 bits, and entries that are not finite.
+    """
+    check_bits(bits, weight.shape[1])
+    dtype = dtype or (weight.dtype if weight.dtype in (torch.float16, torch.float32) else torch.float32)
+    largest = 2 ** (bits - 1) - 1
+    packed = torch.empty(weight.shape[0], weight.shape[1] * bits // 8, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
+    for rows in _row_blocks(*weight.shape):
+        block = weight[rows].to(dtype)
+        scale[rows] = block.abs().amax(dim=1) / largest
+        divisor = torch.where(scale[rows] == 0, 1, scale[rows])[:, None]  # a row of zeros has scale 0
+        integers = (block / divisor).round().clamp(-largest, largest).to(torch.int8)
+        packed[rows] = integers if bits == 8 else (integers[:, 0::2] << 4) | (integers[:, 1::2] & 15)
+    if not bool(scale.isfinite().all()):
+        raise ValueError("a matrix with NaN or infinite entries cannot be quantised: the weights are damaged")
+    return packed, scale
+
+
+def unpack_weight(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The signed integers of stored bytes, int8: [..., in * bits // 8] -> [..., in]."""
+    if bits == 8:
+        return packed
+    even, odd = packed >> 4, ((packed & 15) ^ 8) - 8
+    return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
+def dequantize_weight(packed: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [..., in] in dtype that stored bytes [..., in * bits // 8] and scales [...] stand for."""
+    wide = torch.promote_types(scale.dtype, dtype)
+    return (unpack_weight(packed, bits).to(wide) * scale.to(wide)[..., None]).to(dtype)
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    """x W^T. The matrix is made for the product and made again for the gradient of x; it takes no gradient itself."""
+
+    @staticmethod
+    def forward(ctx, x, packed, scale, bits):
+        ctx.save_for_backward(packed, scale)
+        ctx.bits, ctx.dtype = bits, x.dtype
+        parts = [
+            nn.functional.linear(x, dequantize_weight(packed[rows], scale[rows], bits, x.dtype))
+            for rows in _row_blocks(packed.shape[0], x.shape[-1], 4 * BLOCK)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        packed, scale = ctx.saved_tensors
+        grad = sum(
+            grad_output[..., rows] @ dequantize_weight(packed[rows], scale[rows], ctx.bits, grad_output.dtype)
+            for rows in _row_blocks(packed.shape[0], packed.shape[1] * 8 // ctx.bits, 4 * BLOCK)
+        )
+        return grad.to(ctx.dtype), None, None, None
+
+
+def linear(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """x [..., in] times the dequantised matrix, plus bias: [..., out] in the dtype of x; x and bias get gradients.
+
+    packed [out, in * bits // 8] and scale [out] as `quantize_weight` gives them.
+    """
+    product = _DequantizedProduct.apply(x, packed, scale, bits)
+    return product if bias is None else product + bias
+
+
+def _row_blocks(rows: int, columns: int, entries: int = BLOCK) -> list[slice]:
+    step = max(1, entries // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+class QuantizedModule(nn.Module):
+    """A matrix in 4 or 8 bits: `weight` int8 and `weight_scale`, one scale per row. Neither takes gradients.
+
+    The order of the bytes in memory belongs to the Parameter, which an embedding and a head may share: its attribute
+    `backend` names the CPU kernels that have laid it out, and is absent while the bytes are in published order.
+    """
+
+    def _make_weight(self, rows: int, columns: int, bits: int, device, dtype) -> None:
+        check_bits(bits, columns)
+        self.bits = bits
+        self.weight = nn.Parameter(
+            torch.zeros(rows, columns * bits // 8, dtype=torch.int8, device=device), requires_grad=False
+        )
+        self.weight_scale = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False)
+
+    def _fill(self, weight: torch.Tensor) -> None:
+        """Take over a float matrix; one on the meta device has nothing to take."""
+        if not weight.is_meta:
+            packed, scale = quantize_weight(weight.detach(), self.bits)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def pack(self):
+        """Lay the weight out for the CPU kernels of this machine, once; returns them, None if there are none for it."""
+        backend = getattr(self.weight, "backend", None)
+        if backend is not None:
+            return backend
+        kernels = _kernels()
+        backend = kernels and kernels.cpu_backend()
+        columns = self.weight.shape[1] * 8 // self.bits
+        if backend is None or not backend.supports(self.weight.shape[0], columns, self.bits):
+            return None
+        # Outside inference mode: a tensor made there could never take part in training.
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            if getattr(self.weight, "backend", None) is None:
+                self.weight.data = backend.pack(self.weight.data, self.bits)
+                self.weight.backend = backend
+        return backend
+
+    def publish(self) -> None:
+        """Bring the weight back into published order."""
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            backend = getattr(self.weight, "backend", None)
+            if backend is not None:
+                self.weight.data = backend.unpack(self.weight.data, self.bits)
+                del self.weight.backend
+
+    def published_weight(self) -> torch.Tensor:
+        """The weight in published order, [rows, columns * bits // 8] int8, whatever its order in memory."""
+        backend = getattr(self.weight, "backend", None)
+        return self.weight if backend is None else backend.unpack(self.weight.data, self.bits)
+
+    def _apply(self, fn, recurse=True):
+        self.publish()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.publish()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.publish()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):  # of copy and pickle
+        self.publish()
+        return self.__dict__
+
+
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """A linear layer with quantised weights.
+
+    activations says how the CPU kernels read the input: "int8" in groups of 128 columns, "bf16", or "float32", which
+    is no kernel but the plain product with the dequantised matrix, on every device.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, bits=8, device=None, dtype=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.activations = "int8"
+        self._make_weight(out_features, in_features, bits, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, source: nn.Linear, bits: int) -> "QuantizedLinear":
+        """The quantised form of a linear layer, on its device; the bias is shared. On the meta device it is empty."""
+        has_bias = source.bias is not None
+        module = cls(source.in_features, source.out_features, has_bias, bits, "meta", source.weight.dtype)
+        module._fill(source.weight)
+        module.bias = source.bias
+        return module.train(source.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] in the same dtype."""
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        if self.activations != "float32" and not needs_grad:
+            if x.device.type == "cpu":
+                backend = self.pack()
+                if backend is not None:
+                    return backend.linear(x, self.weight, self.weight_scale, self.bias, self.bits, self.activations)
+            elif x.device.type == "cuda":
+                kernels = _kernels()
+                if kernels and kernels.cuda.usable(x, self.weight):
+                    return kernels.cuda.linear(x, self.weight, self.weight_scale, self.bias, self.bits)
+        return linear(x, self.published_weight(), self.weight_scale, self.bias, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, activations={self.activations}"
+
+
+class QuantizedEmbedding(QuantizedModule, nn.Embedding):
+    """A table of quantised rows; a quantised head may share its Parameters."""
+
+    def __init__(self, num_embeddings, embedding_dim, bits=8, device=None, dtype=None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self._make_weight(num_embeddings, embedding_dim, bits, device, dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., embedding_dim] in float32, from which every dtype rounds as its own product would."""
+        backend = getattr(self.weight, "backend", None)
+        if backend is not None:
+            return backend.embedding(ids, self.weight, self.weight_scale, self.bits)
+        return dequantize_weight(self.weight[ids], self.weight_scale[ids], self.bits, torch.float32)
+
+
+class CastLinear(nn.Linear):
+    """A linear layer whose weights are narrower than its input, such as a bfloat16 head of a float32 network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] in the same dtype; the product is in that of the weights."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def _kernels():
+    try:
+        from chatglm import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+# Whole models ---------------------------------------------------------------------------------------------------------
+
+
+def linear_class(bits: int) -> Callable[..., nn.Linear]:
+    """What makes a linear layer of that many bits; 0 means float weights."""
+    return partial(QuantizedLinear, bits=bits) if bits else nn.Linear
+
+
+def embedding_class(bits: int) -> Callable[..., nn.Embedding]:
+    """The same for an embedding."""
+    return partial(QuantizedEmbedding, bits=bits) if bits else nn.Embedding
+
+
+def quantize_model(model: nn.Module, bits: int, embedding_bits: int = 0) -> None:
+    """Quantise the linear layers of a ChatGLMForConditionalGeneration in place, and its embedding and head if asked.
+
+    bits             4 or 8; 0 leaves the layers as they are
+    embedding_bits   the same for embedding and head, which stay one matrix when they are tied
+
+    One matrix at a time, so that the peak is the model plus one matrix. The dtype of each weight is that of the
+    arithmetic (see `quantize_weight`). A model on the meta device gets empty modules, to load stored weights into.
+    Raises ValueError before anything changes if bits or widths do not fit.
+    """
+    layers = model.transformer.layers if bits else ()
+    for layer in layers:
+        for name in LAYERS:
+            source = layer.get_submodule(name)
+            if not isinstance(source, nn.Linear):
+                raise ValueError(
+                    f"{name} is a {type(source).__name__}: quantise the model before adding adapters to it"
+                )
+            check_bits(bits, source.in_features)
+    if embedding_bits:
+        check_bits(embedding_bits, model.config.hidden_size)
+
+    for layer in layers:
+        for name in LAYERS:
+            layer.set_submodule(name, QuantizedLinear.from_linear(layer.get_submodule(name), bits))
+    if bits:
+        model.config.quantization_bit = bits
+    if embedding_bits:
+        _quantize_embeddings(model, embedding_bits)
+        same = embedding_bits == model.config.quantization_bit
+        model.config.quantization_embeddings = True if same else embedding_bits
+
+
+def _quantize_embeddings(model: nn.Module, bits: int) -> None:
+    table, head = model.transformer.word_embeddings, model.lm_head
+    embedding = QuantizedEmbedding(table.num_embeddings, table.embedding_dim, bits, "meta", table.weight.dtype)
+    embedding._fill(table.weight)
+    model.transformer.word_embeddings = embedding
+    if head.weight is not table.weight:
+        model.lm_head = QuantizedLinear.from_linear(head, bits)
+        return
+    model.lm_head = QuantizedLinear(head.in_features, head.out_features, False, bits, "meta")
+    model.lm_head.weight, model.lm_head.weight_scale = embedding.weight, embedding.weight_scale
+    tie_scales(model)
+
+
+def tie_scales(model: nn.Module) -> None:
+    """Tell transformers that a quantised head shares its scales, too, with the embedding."""
+    model._tied_weights_keys = {
+        **model._tied_weights_keys,
+        "lm_head.weight_scale": "transformer.word_embeddings.weight_scale",
+    }
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """Choose how the quantised layers of a model read their input, see QuantizedLinear."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations}")
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activations = activations
