@@ -3,7 +3,7 @@
     python tests/golden/make_selection.py path/to/a/full/golden/folder
 
 Keeps every kind and all text cases. Of long series (forward passes by prompt length, everything done once per network,
-quantised matrices) it keeps some. Files are copied byte for byte; index.json lists what is here.
+quantised networks) it keeps some. Files are copied byte for byte; index.json lists what is here.
 """
 
 import json
@@ -14,13 +14,13 @@ import sys
 TARGET = pathlib.Path(__file__).resolve().parent
 FORWARD_LENGTHS = ("01", "02", "07", "08", "11", "20", "40")  # of forward_gmask_lenNN; 07 and 08 show every layer
 ONCE_IS_ENOUGH = ("padded_", "incremental_", "train_batch_", "fp16_", "bf16_")  # large, and kept for network m64 only
-QUANTIZED = ("int4_all_bytes", "qlinear_int4_fp16_7x10", "qlinear_int8_fp32_7x10", "qmodel_fp16_int4_m64")
+QUANTIZED_MODELS = ("qmodel_fp16_int4_m64", "qmodel_int4_qe_m64")
 
 
 def is_selected(case):
     name = case["id"]
-    if case["kind"].startswith("quant_"):
-        return name in QUANTIZED
+    if case["kind"] == "quant_model":
+        return name in QUANTIZED_MODELS
     if name.startswith("forward_gmask_len"):
         return name.endswith(FORWARD_LENGTHS)
     if name.startswith(ONCE_IS_ENOUGH):
