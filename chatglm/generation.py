@@ -139,6 +139,14 @@ class ChatGLMGenerationMixin(GenerationMixin):
         processors.sort(key=lambda processor: not isinstance(processor, InvalidScoreLogitsProcessor))
         return processors
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # Only what would become a DynamicCache: a cache of the caller, or of another kind that was asked for, stays.
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if kind in (None, "dynamic") and given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
     def _get_candidate_generator(self, *args, **kwargs):
         raise ValueError("assisted decoding and prompt lookup cannot extend two position streams: use plain generation")
 

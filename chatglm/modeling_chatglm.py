@@ -14,18 +14,19 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import GrowingCache
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import ChatGLMGenerationMixin, check_hidden_mask
-from .quantization import QuantizedModule, embedding_class, linear_class, quantize_model, tie_scales
+from .quantization import QuantizedModule, _kernels, embedding_class, linear_class, quantize_model, tie_scales
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 ALPHA = (2 * 28) ** 0.5
 PREFIX_DROPOUT = 0.1
 MASKED_SCORE = -10000.0
+OWN_ATTENTION = "chatglm"  # the attn_implementation of who asks for none
 
 
 @lru_cache
@@ -90,6 +92,51 @@ def eager_attention_forward(
         scores = scores.masked_fill(hidden, MASKED_SCORE)
     weights = torch.softmax(scores.float() * layer_number, dim=-1).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def decode_kernel(config: ChatGLMConfig) -> Callable | None:
+    """The C kernel for one query per head on a CPU, or None.
+
+    Quantised models alone use it: it comes with their other kernels, and the rest need no compiler.
+    """
+    kernels = _kernels() if config.quantization_bit else None
+    backend = kernels and kernels.cpu_backend()
+    return backend and backend.attention
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Torch's sdpa except where a CPU has something better; shapes as in `eager_attention_forward`.
+
+    On a CPU half precision is computed in float32, which is faster there (benchmarks/README.md), and `decode_kernel`
+    takes steps of one token; it reads keys and values narrower than the query as they are.
+    Weights are given if output_attentions asks for them, else None.
+    """
+    if kwargs.get("output_attentions"):
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling)
+    on_cpu = query.device.type == "cpu"
+    dtype = torch.promote_types(query.dtype, torch.float32) if on_cpu else query.dtype
+    step = on_cpu and query.shape[2] == 1 and dtype == torch.float32 and not torch.is_grad_enabled()
+    kernel = decode_kernel(module.config) if step else None
+    if kernel is not None:
+        mask = attention_mask if attention_mask is None else attention_mask.expand(query.shape[0], 1, 1, -1)
+        output = kernel(query.to(dtype), key, value, scaling, mask)
+    else:
+        states = query.to(dtype), key.to(dtype), value.to(dtype)
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, attention_mask, scaling=scaling, **kwargs)
+    return output.to(query.dtype), None
+
+
+AttentionInterface.register(OWN_ATTENTION, attention_forward)
+AttentionMaskInterface.register(OWN_ATTENTION, sdpa_mask)
 
 
 class SelfAttention(nn.Module):
@@ -213,6 +260,20 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if not isinstance(module, QuantizedModule):  # made of zeros, to be loaded
             super()._init_weights(module)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, with `attention_forward` where that would choose sdpa by itself."""
+        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return OWN_ATTENTION if requested_attention is None and chosen == "sdpa" else chosen
+
+    def new_cache(self) -> GrowingCache:
+        """An empty cache, as forward and generate make it.
+
+        Where `decode_kernel` will read it, float32 keys and values are stored in float16, the precision that the
+        released weights were used in.
+        """
+        own = self.device.type == "cpu" and self.config._attn_implementation == OWN_ATTENTION
+        return GrowingCache(torch.float16 if own and decode_kernel(self.config) is not None else None)
+
     def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Positions of whole rows: [batch, 2, seq_len], or [batch, seq_len] for a model with one stream.
 
@@ -323,9 +384,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             # A quantised or narrower table has a dtype of its own.
             inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.new_cache()
         if past_key_values is not None and past_key_values.is_compileable:
-            raise ValueError(f"the cache must grow, got {type(past_key_values).__name__}: use a DynamicCache")
+            raise ValueError(f"the cache must grow, got {type(past_key_values).__name__}: use a DynamicCache or none")
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             if input_ids is None or past_length:

@@ -31,7 +31,7 @@ def left_padded(rows, width=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", None])
 def test_model_runs_in_every_dtype(dtype, attn_implementation):
     model = small_model(attn_implementation=attn_implementation).to(dtype)
     logits = model(torch.tensor([ROWS[1]])).logits
@@ -56,7 +56,7 @@ def test_padded_batch_equals_single_rows():
         torch.testing.assert_close(logits[-len(row) :], single, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fully_hidden_row_gives_no_nan(attn_implementation, dtype):
     model = small_model(attn_implementation=attn_implementation).to(dtype)
@@ -137,7 +137,7 @@ def test_checkpointing_leaves_prefix_gradients_unchanged(prefix_projection):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", None])
 @pytest.mark.parametrize("choice", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_steps_with_prefix_and_padding_equal_single_rows(attn_implementation, choice):
     model = small_model(pre_seq_len=5, attn_implementation=attn_implementation)
