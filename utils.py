@@ -1,22 +1,37 @@
-"""What the scripts share: flags, loading a model onto the right device, and ending politely.
+"""What the scripts share: flags, loading a model onto the right devices, and ending politely.
 
 Importing this file is instant: torch and transformers are imported when a model is loaded, so `--help` need not wait.
+`python utils.py --plan` says how much memory a model needs in each form, and which flags suit this machine.
 """
 
 import argparse
 import os
 import re
+import shlex
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent / "chatglm" / "tiny")
-DEVICES = ("cuda", "mps", "cpu")  # in the order of preference
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes per parameter
+ACTIVATIONS = ("int8", "bf16", "float32")
 SMALL_MODEL = 100_000_000  # parameters
-WORKING_ROOM = 1.1  # keys and values of 2048 tokens and the activations take up to a tenth of the weights
+CONTEXT = 2048  # tokens of prompt + answer that memory is planned for
+EMBEDDING, PREFIX, NORM, HEAD = (
+    "transformer.word_embeddings",
+    "transformer.prefix_encoder",
+    "transformer.final_layernorm",
+    "lm_head",
+)
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -35,15 +50,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a hub checkpoint (default: its main branch)")
     group.add_argument(
         "--device",
-        choices=("auto", *DEVICES),
+        type=_device,
         default="auto",
-        help="where the model runs; auto takes the first of cuda, mps, cpu that is there and has room (default: auto)",
+        metavar="DEVICE",
+        help="where the model runs: cuda, cuda:1 (the second GPU), mps or cpu; auto takes the first of them that is "
+        "there and has room (default: auto)",
     )
     group.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        help="number format of the weights (default: float16 on cuda and mps, and on cpu for a model below 0.1 B "
-        "parameters; else on cpu float32, or bfloat16 when float32 does not fit into memory)",
+        help="number format of what is not quantised, and of the arithmetic (default: float16 on cuda and mps; on cpu "
+        "float32 for a quantised model, float16 for one below 0.1 B parameters, else bfloat16 if the processor "
+        "computes in it, or float32)",
+    )
+    group.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="bits per weight of the linear layers: less memory, and faster on cpu (default: as the checkpoint is)",
+    )
+    group.add_argument(
+        "--embedding_bit",
+        type=int,
+        choices=(4, 8, 16),
+        help="bits per weight of embedding and head of a quantised model; 16 is a float format (default: as the "
+        "checkpoint is; on cpu 8)",
+    )
+    group.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="int8",
+        help="how the cpu kernels of a quantised model read their input: int8 is fastest, bf16 closer, float32 exact "
+        "and slow (default: int8)",
+    )
+    group.add_argument(
+        "--num_gpus", type=_positive_int, help="split the model over this many GPUs (default: it stays whole)"
+    )
+    group.add_argument(
+        "--device_map",
+        choices=("auto",),
+        help="auto fills the GPUs, then main memory, then the disk, for a model that fits nowhere as a whole; slow "
+        "(default: it stays whole)",
     )
 
 
@@ -78,7 +125,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict:
     """The keyword arguments of `load_model` that the flags stand for."""
-    return {name: getattr(args, name) for name in ("model_name_or_path", "revision", "device", "dtype")}
+    names = ["model_name_or_path", "revision", "device", "dtype", "quantization_bit", "embedding_bit", "activations"]
+    return {name: getattr(args, name) for name in [*names, "num_gpus", "device_map"]}
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -104,6 +152,12 @@ _probability = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 _temperature = _number(float, "from 0 to 100", lambda value: 0 <= value <= 100)
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N, mps or cpu, got {text}")
+    return text
+
+
 @contextmanager
 def main_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Turn a wrong path, value or file, or too little memory, into one line on stderr and exit code 2.
@@ -118,14 +172,65 @@ def main_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.exit(130, "\n")
 
 
-# Loading --------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def free_memory(device: str) -> int:
-    """Bytes that a program may still use on "cpu", "cuda", "cuda:1" or "mps"."""
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes on the device that holds it, in bytes; `total` must be free there.
+
+    weights       of the network
+    cache         keys and values of CONTEXT tokens
+    working       what the layers compute with: the states of CONTEXT tokens, and a matrix made ready for its product
+    loading_peak  weights, and the tensor that is being read
+    """
+
+    weights: int
+    cache: int
+    working: int
+    loading_peak: int
+
+    @property
+    def total(self) -> int:
+        return max(self.loading_peak, self.weights + self.cache + self.working)
+
+
+def memory_needs(
+    checkpoint, device: str, dtype: str, quantization_bit: int | None = None, embedding_bit: int | None = None
+) -> Needs:
+    """What `load_model` with the same arguments needs, computed from the sizes of the network."""
+    config, width = checkpoint.config, DTYPES[dtype]
+    embedding_bit = default_embedding_bit(config, device, quantization_bit, embedding_bit)
+    memory = checkpoint.memory(width, quantization_bit or 0, embedding_bit)
+    states = CONTEXT * (2 * config.inner_hidden_size + 8 * config.hidden_size)
+    matrix = config.inner_hidden_size * config.hidden_size
+    return Needs(
+        weights=memory.weights,
+        cache=CONTEXT * memory.cache_per_token,
+        working=(states + 2 * matrix) * width,
+        loading_peak=memory.loading_peak,
+    )
+
+
+def default_embedding_bit(config, device: str, quantization_bit: int | None, embedding_bit: int | None) -> int | None:
+    """Bits of embedding and head for `load_weights`; without a wish, 8 on a CPU whose layers are quantised.
+
+    The head is read for every token: in 8 bits twice as fast as in 16, and as good as equal.
+    """
+    quantised = quantization_bit or config.quantization_bit
+    if embedding_bit is None and device == "cpu" and quantised and not config.embedding_bits:
+        return 8
+    return embedding_bit
+
+
+def free_memory(device: str, offload_folder: str | os.PathLike | None = None) -> float:
+    """Bytes that a program may still use on "cpu", "cuda:0" or "mps", or on the "disk" of offload_folder."""
     import psutil
     import torch
 
+    if device == "disk":
+        folder = _offload_parent(offload_folder)
+        return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, _free_in_container())
@@ -145,62 +250,330 @@ def _free_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
     return limit - used + int(statistics.get("inactive_file", 0))  # cached files give way
 
 
+# Devices --------------------------------------------------------------------------------------------------------------
+
+
 def available_devices() -> list[str]:
-    """The devices of this machine, best first."""
+    """The devices of this machine, best first: cuda:0, cuda:1, ..., mps, cpu."""
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [device for device in DEVICES if there[device]]
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
 
 
-def default_dtypes(device: str, num_parameters: int) -> tuple[str, ...]:
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16, and torch makes use of it."""
+    import torch
+
+    instructions = ("avx512_bf16", "amx_bf16", "bf16")  # the last ones are ARM's
+    has = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(has.get(name) for name in instructions)
+
+
+def default_dtypes(device: str, num_parameters: int, quantised: bool = False) -> tuple[str, ...]:
     """The number formats to try on a device, best first.
 
     float16 is what the published weights are and were used in. A CPU reads it twice as fast as float32, which decides
     the speed of a small model, but multiplies large matrices slowly in it (benchmarks/README.md): larger models get
-    float32, or bfloat16.
+    bfloat16 where the processor has it, else float32. Quantised layers compute in float32 on a CPU, as published.
     """
-    if device.startswith("cpu") and num_parameters >= SMALL_MODEL:
-        return ("float32", "bfloat16")
-    return ("float16",)
+    if device != "cpu":
+        return ("float16",)
+    if quantised:
+        return ("float32",)
+    if num_parameters < SMALL_MODEL:
+        return ("float16",)
+    return ("bfloat16",) if native_bfloat16() else ("float32", "bfloat16")
 
 
 def choose_device(
-    num_parameters: int, device: str, dtype: str | None, devices: list[str], free: Callable[[str], int]
+    checkpoint,
+    device: str,
+    dtype: str | None,
+    quantization_bit: int | None,
+    embedding_bit: int | None,
+    devices: list[str],
+    free: Callable[[str], int],
 ) -> tuple[str, str, str]:
-    """Device and dtype for a model of num_parameters, and the reason if they are not the first choice (else "").
+    """Device and dtype for a checkpoint, and the reason if they are not the first choice (else "").
 
-    device   "auto" or a device as torch spells it
-    dtype    a name of DTYPES, or None for what suits the device
-    devices  the devices that exist, best first
-    free     device -> bytes free on it
+    device            "auto", or a device of `devices`
+    dtype             a name of DTYPES, or None for what suits the device
+    quantization_bit  4, 8, or None for what the checkpoint is; embedding_bit likewise
+    devices           the devices that exist, best first
+    free              device -> bytes free on it
 
     Raises ValueError if the device does not exist, MemoryError if no choice fits, naming what would.
     """
-    kind = device.split(":")[0]
-    if device != "auto" and kind not in devices:
-        raise ValueError(f"device {device} is not available here: use {' or '.join(['auto', *devices])}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    count, stored = checkpoint.num_parameters, checkpoint.config.quantization_bit
+
+    def options(places, bits, dtype):
+        """Place, number format, bytes needed and bytes free of everything to try."""
+        beside = embedding_bit if bits or stored else None
+        for place in places:
+            for format_ in (dtype,) if dtype else default_dtypes(place, count, bool(bits or stored)):
+                yield place, format_, memory_needs(checkpoint, place, format_, bits, beside).total, free(place)
 
     wanted = devices if device == "auto" else [device]
     rejected = []
-    for place in wanted:
-        room = free(place)
-        for format_ in (dtype,) if dtype else default_dtypes(place, num_parameters):
-            need = num_parameters * DTYPES[format_] * WORKING_ROOM
-            if need <= room:
-                return place, format_, "; ".join(rejected)
-            rejected.append(f"{format_} on {place} needs {need / 1e9:.1f} GB, {max(room, 0) / 1e9:.1f} GB are free")
+    for place, format_, need, room in options(wanted, quantization_bit, dtype):
+        if need <= room:
+            return place, format_, "; ".join(rejected)
+        form = f"INT{quantization_bit or stored}" if quantization_bit or stored else format_
+        rejected.append(f"{form} on {place} needs {need / 1e9:.1f} GB, {max(room, 0) / 1e9:.1f} GB are free")
 
-    fitting = [
-        f"--device {place} --dtype {format_}"
-        for place in devices
-        for format_ in default_dtypes(place, num_parameters)
-        if num_parameters * DTYPES[format_] * WORKING_ROOM <= free(place)
+    # What would fit: another number format, fewer bits, or another device.
+    others = [place for place in devices if place not in wanted]
+    all_bits = [quantization_bit, *(bits for bits in (8, 4) if not stored and bits < (quantization_bit or 16))]
+    advice = "close other programs, or add --device_map auto, which leaves a part on disk and is slow"
+    for places, bits in [*((wanted, bits) for bits in all_bits), *((others, bits) for bits in all_bits)]:
+        fitting = [(place, format_) for place, format_, need, room in options(places, bits, None) if need <= room]
+        if fitting:
+            place, format_ = fitting[0]
+            flags = [f"--device {place}"] * (device != "auto") + [f"--dtype {format_}"] * (dtype not in (None, format_))
+            advice = " ".join([*flags, *[f"--quantization_bit {bits}"] * (bits is not None), "would fit"])
+            break
+    raise MemoryError(f"too little memory for {count / 1e9:.1f} B parameters: {'; '.join(rejected)}: {advice}")
+
+
+# Several devices ------------------------------------------------------------------------------------------------------
+
+
+def choose_places(
+    checkpoint,
+    num_gpus: int | None,
+    device_map: str | Mapping | None,
+    dtype: str | None,
+    quantization_bit: int,
+    embedding_bit: int | None,
+    devices: list[str],
+    free: Callable[[str], float],
+) -> tuple[dict[str, str], str]:
+    """Where each part of a split model goes, and its dtype; the arguments are those of `load_model`.
+
+    devices  the devices that exist, best first
+    free     a device, or "disk" -> bytes free on it
+
+    Raises ValueError for GPUs that are not there and maps that do not fit, MemoryError for parts that do not.
+    """
+    gpus = [device for device in devices if device.startswith("cuda")]
+    if num_gpus is not None and num_gpus > len(gpus):
+        asked = "1 GPU was" if num_gpus == 1 else f"{num_gpus} GPUs were"
+        raise ValueError(f"{asked} asked for, but this machine has {len(gpus)}: {_brief(devices)}")
+    if isinstance(device_map, str) and device_map != "auto":
+        raise ValueError(f"device_map must be auto or a map from modules to devices, got {device_map}")
+
+    def empty(home: str, dtype: str):
+        bits = quantization_bit, default_embedding_bit(checkpoint.config, home, quantization_bit, embedding_bit)
+        return _empty_model(checkpoint.config_for(*bits), dtype)
+
+    home = devices[0]  # where the embedding is, and so the input
+    if isinstance(device_map, Mapping):
+        home = expand_device_map(device_map, module_sizes(empty(home, "float16")), devices)[EMBEDDING]
+    quantised = bool(quantization_bit or checkpoint.config.quantization_bit)
+    dtype = dtype or default_dtypes(home, checkpoint.num_parameters, quantised)[-1]  # the smallest: room is short
+    model = empty(home, dtype)
+    sizes = module_sizes(model)
+    needs = memory_needs(checkpoint, home, dtype, quantization_bit, embedding_bit)
+    beside = needs.cache + needs.working + sizes["transformer.layers.0"]  # one layer comes from elsewhere to be used
+    if device_map == "auto":
+        computing = devices[:1] if home == "mps" else devices  # mps and cpu share one memory
+        places = fill_device_map(sizes, {place: free(place) - beside for place in computing})
+    else:
+        places = expand_device_map(device_map or auto_configure_device_map(num_gpus, model), sizes, devices)
+    for place in dict.fromkeys(places.values()):
+        need = sum(sizes[name] for name in sizes if places[name] == place) + (beside if place != "disk" else 0)
+        if need > free(place):
+            raise MemoryError(
+                f"too little memory: the part of the model on {place} needs {need / 1e9:.1f} GB, "
+                f"{free(place) / 1e9:.1f} GB are free: "
+                + ("use fewer bits or more devices" if quantised else "add --quantization_bit 8 or 4, or more devices")
+            )
+    return places, dtype
+
+
+def _empty_model(config, dtype: str):
+    """The network of a configuration on the meta device, in a dtype."""
+    import torch
+
+    from chatglm import ChatGLMForConditionalGeneration
+
+    with torch.device("meta"):
+        return ChatGLMForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
+
+
+def module_sizes(model) -> dict[str, int]:
+    """Bytes of each part that a device map places: embedding, prefix encoder, every layer, final norm, head.
+
+    A part whose matrix belongs to an earlier one, such as a tied head, counts 0. The model may be on the meta device.
+    """
+    sizes = {EMBEDDING: 0, NORM: 0, HEAD: 0}
+    for name, parameter in model.named_parameters():
+        part = re.match(r"transformer\.layers\.\d+|transformer\.\w+|\w+", name)[0]
+        sizes[part] = sizes.get(part, 0) + parameter.nbytes
+    return sizes
+
+
+def auto_configure_device_map(num_gpus: int, model=None) -> dict[str, int]:
+    """A map from the parts of a model to GPUs 0 to num_gpus - 1, so that the fullest of them holds as little as can be.
+
+    model  a ChatGLMForConditionalGeneration, best on the meta device; None stands for the published ChatGLM-6B
+
+    Embedding, prefix encoder, final norm and head stay together on GPU 0; each of the others gets a run of layers.
+    Raises ValueError for no GPU, or more GPUs than layers.
+    """
+    sizes = module_sizes(model or _empty_model(published_checkpoint().config, "float16"))
+    layers = [name for name in sizes if name.startswith("transformer.layers.")]
+    if not 1 <= num_gpus <= len(layers):
+        raise ValueError(f"a model of {len(layers)} layers can be split over 1 to {len(layers)} GPUs, got {num_gpus}")
+    rest = sum(size for name, size in sizes.items() if name not in layers)
+    sums = [0, *accumulate(sizes[name] for name in layers)]
+
+    @lru_cache(None)
+    def split(start: int, gpus: int) -> tuple[int, tuple[int, ...]]:
+        """Bytes of the fullest and end of the run of each of `gpus` GPUs that share the layers from start on."""
+        if gpus == 1:
+            return sums[-1] - sums[start], (len(layers),)
+        tails = ((end, *split(end, gpus - 1)) for end in range(start + 1, len(layers) - gpus + 2))
+        return min((max(sums[end] - sums[start], fullest), (end, *ends)) for end, fullest, ends in tails)
+
+    # GPU 0 holds the rest as well, and may do without layers.
+    firsts = [len(layers)] if num_gpus == 1 else range(len(layers) - num_gpus + 2)
+    splits = {first: split(first, num_gpus - 1) if num_gpus > 1 else (0, ()) for first in firsts}
+    first = min(splits, key=lambda first: max(rest + sums[first], splits[first][0]))
+    ends = (first, *splits[first][1])
+    gpu_of = {name: bisect_right(ends, index) for index, name in enumerate(layers)}
+    return {name: gpu_of.get(name, 0) for name in sizes}
+
+
+def fill_device_map(sizes: Mapping[str, int], room: Mapping[str, float]) -> dict[str, str]:
+    """A map that fills one device after the other and leaves the last layers on the disk: `device_map="auto"`.
+
+    sizes  bytes of the parts, as `module_sizes` gives them
+    room   device -> bytes for weights there, best first
+
+    Raises MemoryError if embedding, prefix encoder, final norm and head fit on no device.
+    """
+    layers = [name for name in sizes if name.startswith("transformer.layers.")]
+    rest = sum(size for name, size in sizes.items() if name not in layers)
+    home = next((device for device in room if rest <= room[device]), None)
+    if home is None:
+        raise MemoryError(
+            f"embedding and head need {rest / 1e9:.1f} GB beside the room for computing, which no device has: "
+            "close other programs, or add --quantization_bit 4 --embedding_bit 4"
+        )
+    places = dict.fromkeys(sizes, home)
+    devices, left = list(room), {**room, home: room[home] - rest}
+    for name in layers:
+        while devices and sizes[name] > left[devices[0]]:
+            del devices[0]
+        places[name] = devices[0] if devices else "disk"
+        if devices:
+            left[devices[0]] -= sizes[name]
+    return places
+
+
+def expand_device_map(device_map: Mapping, sizes: Mapping[str, int], devices: list[str]) -> dict[str, str]:
+    """Where each part goes by a map as accelerate takes it, checked: keys may stand for several parts.
+
+    device_map  name of a module (its parts included), "" for all -> number of a GPU, device, "cpu" or "disk"
+
+    Raises ValueError for parts without a place, names that are none of the model, places that do not exist, and
+    embedding, final norm and head that are apart or on the disk.
+    """
+    for key, place in device_map.items():
+        inside = [name for name in sizes if key.startswith(name + ".")]
+        if inside:
+            raise ValueError(f"device_map names {key}, which cannot be apart from the rest of {inside[0]}: name that")
+        if key and key not in sizes and not any(name.startswith(key + ".") for name in sizes):
+            raise ValueError(f"device_map names {key}, which this model does not have: its parts are {_brief(sizes)}")
+        if _place(place) not in (*devices, "disk"):
+            raise ValueError(
+                f"device_map puts {key or 'the model'} on {place}, but there are {_brief(devices)} and disk"
+            )
+    expanded, missing = {}, []
+    for name in sizes:
+        keys = [key for key in device_map if key in ("", name) or name.startswith(key + ".")]
+        if keys:
+            expanded[name] = _place(device_map[max(keys, key=len)])
+        else:
+            missing.append(name)
+    if missing:
+        raise ValueError(f"device_map has no place for {_brief(missing)}: add {'it' if len(missing) == 1 else 'them'}")
+    ends = {expanded[name] for name in (EMBEDDING, NORM, HEAD)}
+    if len(ends) > 1 or ends == {"disk"}:
+        raise ValueError(
+            f"{EMBEDDING}, {NORM} and {HEAD} must be together on one device that computes, but device_map puts them on "
+            f"{_brief(sorted(ends))}"
+        )
+    return expanded
+
+
+def _place(place) -> str:
+    """A place of a device map as a device of `available_devices`, or "disk"."""
+    place = f"cuda:{place}" if isinstance(place, int) else str(place)
+    return "cuda:0" if place == "cuda" else place
+
+
+def _brief(names) -> str:
+    names = list(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+
+
+def _load_split(checkpoint, device_map: dict[str, str], offload_folder, *options):
+    """The network of a checkpoint with every part at its place and accelerate's hooks that connect them.
+
+    device_map  from `expand_device_map`; options are those of `load_weights` behind the device
+
+    Each tensor goes from its file straight to its device. Layers for the disk are written, one after the other and
+    quantised if they are to be, into a folder that goes when the model goes.
+    """
+    from accelerate import dispatch_model
+
+    from chatglm.checkpoint import load_weights
+
+    on_disk = [name for name, place in device_map.items() if place == "disk"]
+    groups = [
+        [name for name in device_map if device_map[name] == place] for place in dict.fromkeys(device_map.values())
     ]
-    advice = f"{fitting[0]} would fit" if fitting else "close other programs or use a smaller model"
-    raise MemoryError(f"too little memory for {num_parameters / 1e9:.1f} B parameters: {'; '.join(rejected)}: {advice}")
+    groups = [group for group in groups if group != on_disk] + [[name] for name in on_disk]
+    model, folder, index = None, None, {}
+    for names in groups:  # the first one has the embedding
+        place = device_map[names[0]]
+        prefixes = tuple(f"{name}." for name in names)
+        files = {tensor: path for tensor, path in checkpoint.files.items() if tensor.startswith(prefixes)}
+        part = load_weights(replace(checkpoint, files=files), "cpu" if place == "disk" else place, *options)
+        model = model or part
+        if place == "disk":
+            if folder is None:
+                parent = _offload_parent(offload_folder)
+                parent.mkdir(parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix="offload-", dir=parent)
+                weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+            index.update(_move_to_disk(part.get_submodule(names[0]), names[0], folder))
+        for name in names:
+            model.set_submodule(name, part.get_submodule(name))
+    return dispatch_model(
+        model,
+        device_map,
+        main_device=device_map[EMBEDDING],
+        offload_index=index or None,
+        skip_keys=model._skip_keys_device_placement,
+    )
+
+
+def _move_to_disk(module, name: str, folder: str) -> dict[str, dict[str, str]]:
+    """Leave a module empty and its tensors in a file of folder; returns where each is, in accelerate's form."""
+    from safetensors.torch import save_file
+
+    path = os.path.join(folder, f"{name}.safetensors")
+    tensors = module.state_dict()
+    save_file(tensors, path)
+    module.to("meta")
+    return {f"{name}.{key}": {"safetensors_file": path, "weight_name": key} for key in tensors}
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -209,14 +582,28 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     dtype=None,
+    quantization_bit: int | None = None,
+    embedding_bit: int | None = None,
+    activations: str = "int8",
+    num_gpus: int | None = None,
+    device_map: str | Mapping | None = None,
+    offload_folder: str | os.PathLike | None = None,
 ):
-    """Model (in eval mode) and tokenizer of a checkpoint; prints one line about them to stderr.
+    """Model (in eval mode) and tokenizer of a checkpoint; says on stderr what was loaded, in a line or two.
 
     model_name_or_path  folder, or `owner/name` on the Hugging Face hub; code inside the checkpoint is never run
     revision            branch, tag or commit on the hub
-    device              "auto" (first of cuda, mps, cpu that has room) or a device as torch spells it
+    device              "auto" (first of cuda:0, cuda:1, ..., mps, cpu that has room) or one of these
     dtype               "float32", "bfloat16", "float16" or the torch dtype; None takes what suits the device (see
                         `default_dtypes`)
+    quantization_bit    bits per weight of the linear layers, 4 or 8: an unquantised checkpoint is quantised while it
+                        is read; None = as the checkpoint is
+    embedding_bit       bits of embedding and head beside quantised layers, 4, 8 or 16 (floats); None = as the
+                        checkpoint is, but 8 on a CPU
+    activations         how CPU kernels read the input of a quantised layer: "int8", "bf16" or "float32" (exact, slow)
+    num_gpus            split over that many GPUs by `auto_configure_device_map`
+    device_map          "auto" fills GPUs, then main memory, then the disk; or a map, see `expand_device_map`
+    offload_folder      where layers for the disk are written, until the model goes; None = ~/.cache/chatglm
 
     Raises ValueError (CheckpointError for what is wrong with the files) or MemoryError, before any weight is read.
     """
@@ -224,26 +611,104 @@ def load_model(
     import torch
 
     from chatglm.checkpoint import load_tokenizer, load_weights, open_checkpoint
+    from chatglm.quantization import set_activations
+
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations}")
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    device, devices = _place(device), available_devices()
+    if device not in ("auto", *devices):
+        raise ValueError(f"device {device} is not there: this machine has {_brief(devices)}")
+    if (device != "auto") + (num_gpus is not None) + (device_map is not None) > 1:
+        raise ValueError("device, num_gpus and device_map each say where the model goes: give one of them")
 
     checkpoint = open_checkpoint(model_name_or_path, revision)
-    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-    device, dtype, reason = choose_device(
-        checkpoint.num_parameters, str(device), dtype, available_devices(), free_memory
-    )
+    if embedding_bit is not None and not (quantization_bit or checkpoint.config.quantization_bit):
+        raise ValueError("embedding_bit is for a model whose layers are quantised: add quantization_bit 4 or 8")
+    bits, reason = quantization_bit or 0, ""
+    checkpoint.config_for(bits, embedding_bit)  # refuses what the files cannot be
+    if num_gpus is None and device_map is None:
+        device, dtype, reason = choose_device(
+            checkpoint, device, dtype, quantization_bit, embedding_bit, devices, free_memory
+        )
+        places = {"": device}
+    else:
+        free = partial(free_memory, offload_folder=offload_folder)
+        places, dtype = choose_places(checkpoint, num_gpus, device_map, dtype, bits, embedding_bit, devices, free)
+        device = next(iter(places.values()))
+    embedding_bit = default_embedding_bit(checkpoint.config, device, bits, embedding_bit)
+
     tokenizer = load_tokenizer(checkpoint)
-    model = load_weights(checkpoint, device, getattr(torch, dtype))
+    options = getattr(torch, dtype), bits, embedding_bit
+    if len(set(places.values())) == 1:
+        model = load_weights(checkpoint, device, *options)
+    else:
+        model = _load_split(checkpoint, places, offload_folder, *options)
+    set_activations(model, activations)
 
     count = checkpoint.num_parameters
     facts = [
         f"loaded {model_title(model)}",
         f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters",
-        dtype,
-        f"{count * DTYPES[dtype] / 1e9:.2f} GB",
-        device,
+        _form(model.config, dtype),
+        f"{sum(parameter.nbytes for parameter in model.parameters()) / 1e9:.2f} GB",
+        _where(places),
         f"{time.monotonic() - started:.1f} s",
     ]
     print("   ".join(facts + [f"({reason})"] * bool(reason)), file=sys.stderr)
+    if "cpu" in places.values():
+        print(f"kernels: {cpu_kernels()}", file=sys.stderr)
     return model, tokenizer
+
+
+def load_model_on_gpus(
+    model_name_or_path: str | os.PathLike, num_gpus: int = 2, device_map: Mapping | None = None, **options
+):
+    """Model of a checkpoint, split over num_gpus GPUs, or as device_map says; options are those of `load_model`.
+
+    Raises ValueError if there are fewer GPUs, more GPUs than layers, or a map that does not fit the model.
+    """
+    if device_map is None:
+        return load_model(model_name_or_path, num_gpus=num_gpus, **options)[0]
+    return load_model(model_name_or_path, device_map=device_map, **options)[0]
+
+
+def _offload_parent(folder: str | os.PathLike | None) -> Path:
+    """Where the folder for offloaded layers is made. Not the system's temporary folder: that may be memory itself."""
+    return Path(folder or "~/.cache/chatglm").expanduser().absolute()
+
+
+def cpu_kernels() -> str:
+    """What computes on the CPU, and why that: "C, AVX-512 VNNI, 2 threads (compiled by gcc)"."""
+    import torch
+
+    from chatglm import kernels
+
+    backend = kernels.cpu_backend()
+    if backend is None:
+        return f"plain torch ({kernels.cpu_reason()})"
+    name = backend.name.replace("C kernels", "C")
+    count = torch.get_num_threads()
+    threads = "" if name.endswith("one thread") else f", {count} thread{'s' * (count != 1)}"
+    return f"{name}{threads} ({backend.reason})"
+
+
+def _form(config, dtype: str) -> str:
+    """How the weights of a model are held: "float16", "int4, embedding int8, float32"."""
+    bits, embedding_bits = config.quantization_bit, config.embedding_bits
+    names = [f"int{bits}"] * bool(bits) + [f"embedding int{embedding_bits}"] * (embedding_bits not in (0, bits))
+    return ", ".join([*names, dtype])
+
+
+def _where(places: Mapping[str, str]) -> str:
+    """The devices of a model; of a split one with the number of layers on each."""
+    if len(set(places.values())) == 1:
+        return next(iter(places.values()))
+    layers = [place for name, place in places.items() if name.startswith("transformer.layers.")]
+    counts = {place: layers.count(place) for place in dict.fromkeys(places.values())}
+    return ", ".join(f"{place} ({count} layer{'s' * (count != 1)})" for place, count in counts.items())
 
 
 def model_title(model) -> str:
@@ -254,3 +719,142 @@ def model_title(model) -> str:
     name = re.split(r"[/\\]", source.rstrip("/\\"))[-1]
     published = re.fullmatch(r"chatglm-6b(.*)", name, re.IGNORECASE)
     return f"ChatGLM-6B{published[1].upper()}" if published else name
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+
+
+def plan_forms(checkpoint, device: str) -> list[tuple[str, str, int | None]]:
+    """The forms a checkpoint can be loaded in on a device: name, dtype and quantization_bit of each, largest first."""
+    stored, count = checkpoint.config.quantization_bit, checkpoint.num_parameters
+    forms = [] if stored else [(dtype, dtype, None) for dtype in default_dtypes(device, count)]
+    for bits in (stored,) if stored else (8, 4):
+        forms.append((f"INT{bits}", default_dtypes(device, count, quantised=True)[0], None if stored else bits))
+    return forms
+
+
+def plan(checkpoint, devices: list[str], free: Callable[[str], float]):
+    """A rich table of what a checkpoint needs on each device in each form, and a line with the flags to use.
+
+    devices  the devices that exist, best first
+    free     device -> bytes free on it
+    """
+    from rich.table import Table
+
+    table = Table("where", "form", title=f"{model_title(checkpoint)}: computed, in GB", title_justify="left")
+    for column in ("weights", f"cache, {CONTEXT} tokens", "loading peak", "all in all", "free"):
+        table.add_column(column, justify="right")
+    table.add_column("fits")
+    fitting = []
+    for device in devices:
+        room = free(device)
+        for form, dtype, bits in plan_forms(checkpoint, device):
+            needs = memory_needs(checkpoint, device, dtype, bits)
+            figures = (needs.weights, needs.cache, needs.loading_peak, needs.total, room)
+            table.add_row(
+                device, form, *(f"{figure / 1e9:.2f}" for figure in figures), "yes" if needs.total <= room else "no"
+            )
+            if needs.total <= room:
+                fitting.append((device, dtype, bits))
+
+    advice = _advice(checkpoint, devices, free, fitting)
+    return table, f"use: python cli_demo.py {advice}" if advice else "no form of it fits here: close other programs"
+
+
+def _advice(checkpoint, devices: list[str], free: Callable[[str], float], fitting: list) -> str | None:
+    """The flags to use, and why, when `fitting` lists the (device, dtype, bits) that fit, best device first."""
+    small, stored = checkpoint.num_parameters < SMALL_MODEL, checkpoint.config.quantization_bit
+    gpus = [device for device in devices if device.startswith("cuda")]
+    name = "" if checkpoint.name == DEFAULT_MODEL else f"--model_name_or_path {shlex.quote(checkpoint.name)} "
+
+    def split(**how):
+        try:
+            return choose_places(checkpoint, embedding_bit=None, dtype=None, devices=devices, free=free, **how)[0]
+        except (MemoryError, ValueError):
+            return None
+
+    if not any(device != "cpu" and bits is None for device, _, bits in fitting):
+        for num_gpus in range(2, len(gpus) + 1):
+            if split(num_gpus=num_gpus, device_map=None, quantization_bit=0):
+                return f"{name}--num_gpus {num_gpus}   (unquantised, split over {num_gpus} GPUs)"
+    if fitting:
+        # The most exact form on the best device; but a CPU wins much speed by INT8, and loses next to nothing.
+        device, _, bits = fitting[0]
+        if device == "cpu" and not small and not stored and any(bits == 8 for _, _, bits in fitting):
+            bits = 8
+        faster = ": INT4 is faster, and less exact" if device == "cpu" and bits == 8 else ""
+        form = f"INT{bits or stored}" if bits or stored else "unquantised"
+        flags = f"{name}--quantization_bit {bits}" if bits else name or "without flags"
+        return f"{flags.strip()}   ({form} on {device}{faster})"
+    places = split(num_gpus=None, device_map="auto", quantization_bit=0 if stored else 4)
+    if places:
+        return f"{name}{'' if stored else '--quantization_bit 4 '}--device_map auto   (slow: {_where(places)})"
+    return None
+
+
+def planned_checkpoint(name: str, revision: str | None = None):
+    """The checkpoint to plan for: a folder, or a name on the hub, of which only config.json is downloaded."""
+    from chatglm import ChatGLMConfig
+    from chatglm.checkpoint import SECOND_GENERATION_FIELDS, open_checkpoint
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).expanduser().exists():
+        return open_checkpoint(name)
+    config = ChatGLMConfig.from_pretrained(name, revision=revision)
+    if SECOND_GENERATION_FIELDS & vars(config).keys():
+        raise ValueError(f"{name} is of the second generation (ChatGLM2 or later): give the name of a ChatGLM-6B")
+    return _shape(name, config)
+
+
+def published_checkpoint():
+    """A checkpoint of the shape of the published ChatGLM-6B, without files, for planning."""
+    from chatglm import ChatGLMConfig
+
+    return _shape("THUDM/chatglm-6b", ChatGLMConfig(vocab_size=130528))
+
+
+def _shape(name: str, config):
+    """A checkpoint of which only the configuration is known."""
+    from chatglm import ChatGLMConfig
+    from chatglm.checkpoint import Checkpoint
+
+    config.name_or_path = name
+    sizes = {
+        field: getattr(config, field) for field in ("vocab_size", "hidden_size", "num_layers", "inner_hidden_size")
+    }
+    count = _empty_model(ChatGLMConfig(num_attention_heads=config.num_attention_heads, **sizes), "float16")
+    return Checkpoint(name, Path(), config, {}, count.num_parameters(), 2 * config.vocab_size * config.hidden_size)
+
+
+def main(argv=None):
+    """Print the plan for a model; without a name, for the embedded one and for the published ChatGLM-6B."""
+    parser = argparse.ArgumentParser(description="What a model needs, what this machine has, which flags to use.")
+    parser.add_argument("--plan", action="store_true", required=True, help="print the plan (default: nothing is done)")
+    parser.add_argument(
+        "--model_name_or_path",
+        metavar="FOLDER_OR_NAME",
+        help="folder of a checkpoint, or its name on the Hugging Face hub (default: the embedded model, and the "
+        "published ChatGLM-6B)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub checkpoint (default: its main branch)")
+    args = parser.parse_args(argv)
+    with main_errors(parser):
+        if args.model_name_or_path:
+            checkpoints = [planned_checkpoint(args.model_name_or_path, args.revision)]
+        else:
+            checkpoints = [planned_checkpoint(DEFAULT_MODEL), published_checkpoint()]
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width
+    for checkpoint in checkpoints:
+        table, advice = plan(checkpoint, available_devices(), free_memory)
+        console.print(table)
+        console.print(advice, soft_wrap=True, markup=False)
+        console.print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

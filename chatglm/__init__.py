@@ -10,9 +10,16 @@ from transformers import (
 
 from .configuration_chatglm import ChatGLMConfig
 from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+from .quantizer import ChatGLMQuantizationConfig
 from .tokenization_chatglm import ChatGLMTokenizer
 
-__all__ = ["ChatGLMConfig", "ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMTokenizer"]
+__all__ = [
+    "ChatGLMConfig",
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMModel",
+    "ChatGLMQuantizationConfig",
+    "ChatGLMTokenizer",
+]
 
 # First so that `from_pretrained` needs no code from the checkpoint; second so that `save_pretrained` writes these
 # source files and an auto_map beside the weights, and the folder loads elsewhere with trust_remote_code=True.

@@ -8,6 +8,8 @@ Unusual here:
 * A model is never partly random: a weight that the configuration needs and the files lack is an error, and so is a
   weight in the files that the configuration has no place for. Exceptions: `inv_freq` (computed, never loaded) and the
   head of a tied model.
+* A quantised model never exists in floats: stored integers go straight to their modules, and the matrices of an
+  unquantised checkpoint are quantised one at a time as they are read.
 """
 
 import copy
@@ -17,6 +19,8 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +28,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import GenerationConfig
 
 from .configuration_chatglm import SIZES, ChatGLMConfig
 from .modeling_chatglm import ChatGLMForConditionalGeneration
+from .quantization import CastLinear, QuantizedModule, check_bits, quantize_weight
 from .tokenization_chatglm import VOCAB_FILE_NAME, ChatGLMTokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,16 +45,36 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-HEAD, EMBEDDING, PREFIX = "lm_head.weight", "transformer.word_embeddings.weight", "transformer.prefix_encoder."
+HEAD, EMBEDDING, PREFIX = "lm_head.", "transformer.word_embeddings.", "transformer.prefix_encoder."
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 SECOND_GENERATION_FIELDS = {"ffn_hidden_size", "multi_query_attention", "padded_vocab_size", "rmsnorm"}
-UNQUANTISED_ONLY = "this version loads unquantised checkpoints only, such as THUDM/chatglm-6b"
-FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+}
+MAPPED = 1 << 28  # bytes
 FIRST_RELEASE_IMAGE_TOKENS = 20000  # ids in front of the text ids; its tokenizer_config.json may not say so
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message is one sentence that names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes, in bytes.
+
+    weights          of the loaded network, a tied head counted once
+    loading_peak     while it is loaded; pages of a file that the system may drop at any time are not counted
+    cache_per_token  keys and values of one token
+    """
+
+    weights: int
+    loading_peak: int
+    cache_per_token: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,8 @@ class Checkpoint:
     folder          where the files are
     config          sizes of the network
     files           tensor name -> the weight file that holds it
-    num_parameters  parameters of the network, a tied head counted once
+    num_parameters  parameters of the network, a tied head counted once, however many bits each is stored in
+    largest_tensor  bytes of the largest tensor in the files
     """
 
     name: str
@@ -67,6 +94,55 @@ class Checkpoint:
     config: ChatGLMConfig
     files: dict[str, Path]
     num_parameters: int
+    largest_tensor: int
+
+    def config_for(self, quantization_bit: int = 0, embedding_bit: int | None = None) -> ChatGLMConfig:
+        """The configuration of the network that `load_weights` makes with the same arguments; raises as it does."""
+        config = copy.deepcopy(self.config)
+        config.set_quantization(*bits_to_load(config, quantization_bit, embedding_bit))
+        return config
+
+    def memory(self, dtype_bytes: int, quantization_bit: int = 0, embedding_bit: int | None = None) -> Memory:
+        """What `load_weights` with the same arguments and a dtype of dtype_bytes needs; raises as `config_for`."""
+        config = self.config_for(quantization_bit, embedding_bit)
+        weights = 0
+        for name, empty in _empty_model(config).named_parameters():
+            if empty.dtype == torch.int8:
+                size = 1
+            elif name.startswith(PREFIX):
+                size = 4
+            elif name.startswith((EMBEDDING, HEAD)) and embedding_bit == 16:
+                size = 2
+            else:
+                size = dtype_bytes
+            weights += empty.numel() * size
+        # Keys and values of a quantised model are kept in float16 even where the arithmetic is float32.
+        cached = 2 if config.quantization_bit else dtype_bytes
+        return Memory(weights, weights + self.largest_tensor, 2 * config.num_layers * config.hidden_size * cached)
+
+
+def bits_to_load(config: ChatGLMConfig, quantization_bit: int, embedding_bit: int | None) -> tuple[int, int]:
+    """Bits per weight of the linear layers, and of embedding and head, 0 = floats: as stored, or else as asked for.
+
+    quantization_bit  4, 8, or 0 = as stored
+    embedding_bit     4, 8, 16 = floats, or None = as stored
+
+    Raises CheckpointError if other bits are stored than are asked for, ValueError for bits that do not exist.
+    """
+    if quantization_bit:
+        check_bits(quantization_bit)
+    if embedding_bit not in (None, 4, 8, 16):
+        raise ValueError(f"embedding_bit must be 4, 8, 16 or None, got {embedding_bit}")
+    asked = {"the model": quantization_bit or None, "the embedding": embedding_bit}
+    stored = {"the model": config.quantization_bit, "the embedding": config.embedding_bits}
+    for part, bits in stored.items():
+        if bits and asked[part] not in (None, bits):
+            raise CheckpointError(
+                f"{part} in {config.name_or_path} is quantised to {bits} bits, but {asked[part]} were asked for: "
+                f"ask for {bits}, or use a checkpoint that is not quantised"
+            )
+    bits, embedding_bits = stored.values()
+    return bits or quantization_bit, embedding_bits or (embedding_bit if embedding_bit in (4, 8) else 0)
 
 
 def open_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
@@ -76,16 +152,23 @@ def open_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Che
     revision  branch, tag or commit of a hub repository
 
     Raises CheckpointError if the configuration is not that of a ChatGLM-6B, or if the weights are absent, incomplete,
-    damaged, quantised or of other shapes than the configuration says.
+    damaged, or of other shapes or bits than the configuration says.
     """
     folder = _find_folder(str(name), revision)
     config = _read_config(folder)
     config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else str(name)
 
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
-    files = _check_weights(folder, config, {key: tensor.shape for key, tensor in model.state_dict().items()})
-    return Checkpoint(config.name_or_path, folder, config, files, model.num_parameters())
+    headers, files = _check_weights(folder, config)
+    unquantised = copy.deepcopy(config)
+    unquantised.quantization_bit, unquantised.quantization_embeddings = 0, False
+    return Checkpoint(
+        name=config.name_or_path,
+        folder=folder,
+        config=config,
+        files=files,
+        num_parameters=_empty_model(unquantised).num_parameters(),
+        largest_tensor=max(header.nbytes for header in headers.values()),
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> ChatGLMTokenizer:
@@ -127,35 +210,87 @@ def load_tokenizer(checkpoint: Checkpoint) -> ChatGLMTokenizer:
 
 
 def load_weights(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization_bit: int = 0,
+    embedding_bit: int | None = None,
 ) -> ChatGLMForConditionalGeneration:
     """The network of a checkpoint on `device` in `dtype`, in eval mode.
 
-    Each tensor goes from its memory-mapped file straight to its place, so that the peak is the network itself plus the
-    one file that is open. A prefix encoder stays in float32. A head that differs from the embedding of a model declared
-    as tied is kept, with a warning, as from_pretrained does.
+    quantization_bit  4 or 8 bits per weight of the linear layers; 0 = as the checkpoint says
+    embedding_bit     4 or 8 bits per weight of embedding and head, 16 = a 16-bit float format (bfloat16 if dtype is
+                      float32); None = as the checkpoint says, `dtype` if they are not quantised
+
+    Each tensor goes from its memory-mapped file straight to its place, quantised on the way if it has to be, so that
+    the peak is the network itself plus the tensor at hand. Matrices are quantised in float16 arithmetic if dtype is
+    float16, else in float32; stored scales keep their dtype, and a prefix encoder stays in float32. On a CPU quantised
+    weights are laid out for its kernels at once. A head that differs from the embedding of a model declared as tied is
+    kept, with a warning, as from_pretrained does. Of a checkpoint with fewer `files` the rest stays on the meta device.
+
+    Raises CheckpointError if the checkpoint is quantised to other bits, or if it cannot be quantised.
     """
-    config, files = copy.deepcopy(checkpoint.config), checkpoint.files
-    if config.tie_word_embeddings and HEAD in files and not _head_equals_embedding(files):
-        logger.warning("%s and %s differ: loaded as separate matrices", HEAD, EMBEDDING)
+    config, files = checkpoint.config_for(quantization_bit, embedding_bit), checkpoint.files
+    if config.tie_word_embeddings and not _head_equals_embedding(files):
+        logger.warning("%sweight and %sweight differ: loaded as separate matrices", HEAD, EMBEDDING)
         config.tie_word_embeddings = False
     config.dtype = dtype
 
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
-    skipped = {HEAD} if config.tie_word_embeddings else set()
+    model = _empty_model(config)
+    narrow = embedding_bit == 16 and dtype == torch.float32
+    if narrow:
+        with torch.device("meta"):
+            model.lm_head = CastLinear(config.hidden_size, config.vocab_size, bias=False)
+    skipped = HEAD if config.tie_word_embeddings else ()
     for path in dict.fromkeys(files.values()):
         logger.info("reading %s", path)
-        weights = {
-            name: tensor.to(device, torch.float32 if name.startswith(PREFIX) else dtype, copy=True)
-            for name, tensor in _read_tensors(path).items()
-            if files.get(name) == path and name not in skipped
-        }
-        model.load_state_dict(weights, strict=False, assign=True)
+        names = [name for name, file in files.items() if file == path and not name.startswith(skipped)]
+        for name, stored in _read_tensors(path, names):
+            own_dtype = dtype
+            if name.startswith(PREFIX):
+                own_dtype = torch.float32
+            elif narrow and name.startswith((EMBEDDING, HEAD)):
+                own_dtype = torch.bfloat16
+            _fill(model, name, stored, device, own_dtype, path)
     model.tie_weights()
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
+
+
+def _empty_model(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
+    with torch.device("meta"):
+        return ChatGLMForConditionalGeneration(config)
+
+
+def _fill(
+    model: nn.Module, name: str, stored: torch.Tensor, device: str | torch.device, dtype: torch.dtype, path: Path
+) -> None:
+    """Give a parameter of an empty model its value; `stored` is memory mapped from `path` and must not stay in use."""
+    parent, _, kind = name.rpartition(".")
+    module = model.get_submodule(parent)
+
+    def put(kind: str, value: torch.Tensor) -> None:
+        setattr(module, kind, nn.Parameter(value, requires_grad=getattr(module, kind).requires_grad))
+
+    if kind == "weight_scale":
+        put(kind, stored.to(device, copy=True))
+    elif kind != "weight" or not isinstance(module, QuantizedModule):
+        put(kind, stored.to(device, dtype, copy=True))
+    else:
+        if stored.is_floating_point():
+            arithmetic = torch.float16 if dtype == torch.float16 else torch.float32
+            try:
+                weight, scale = quantize_weight(stored.to(device), module.bits, arithmetic)
+            except ValueError as error:
+                raise CheckpointError(f"{name} in {path}: {error}") from error
+            put("weight_scale", scale)
+            put(kind, weight)
+        else:
+            put(kind, stored.to(device).contiguous())
+        on_cpu = torch.device(device).type == "cpu"
+        if not (on_cpu and module.pack()) and module.weight.data_ptr() == stored.data_ptr():
+            put(kind, stored.clone())
 
 
 # Finding the files ----------------------------------------------------------------------------------------------------
@@ -206,10 +341,6 @@ def _read_config(folder: Path) -> ChatGLMConfig:
             f"{path} is of the second generation (ChatGLM2, CodeGeeX2, ChatGLM3), another network: "
             "use a checkpoint of ChatGLM-6B"
         )
-    if fields.get("quantization_bit"):
-        raise CheckpointError(
-            f"{path} is of weights quantised to {fields['quantization_bit']} bits: {UNQUANTISED_ONLY}"
-        )
     for field in SIZES:
         size = fields.get(field, 1)
         if not isinstance(size, int) or size < 1:
@@ -253,29 +384,21 @@ def _find_weight_files(folder: Path) -> list[Path]:
 # Reading the files ----------------------------------------------------------------------------------------------------
 
 
-def _check_weights(folder: Path, config: ChatGLMConfig, expected: dict[str, torch.Size]) -> dict[str, Path]:
-    """Tensor name -> file for every weight of the network, after comparing names, shapes and types with `expected`."""
+def _check_weights(folder: Path, config: ChatGLMConfig) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
+    """Header and file of every weight of the network, by name, after comparing names, shapes and kinds of numbers."""
     paths, config_file = _find_weight_files(folder), folder / "config.json"
+    expected = _empty_model(config).state_dict()
+    headers: dict[str, torch.Tensor] = {}
     files: dict[str, Path] = {}
     for path in paths:
-        for name, tensor in _read_tensors(path, headers_only=True).items():
+        for name, header in _read_headers(path).items():
             if IGNORED.search(name):
                 continue
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{path} holds {name} as whole numbers, so it is quantised: {UNQUANTISED_ONLY}")
-            if name not in expected:
-                raise CheckpointError(
-                    f"{path} holds {name}, for which {config_file} has no place: take both files from the same model"
-                )
-            if tensor.shape != expected[name]:
-                raise CheckpointError(
-                    f"{path} holds {name} with shape {list(tensor.shape)}, but {config_file} asks for "
-                    f"{list(expected[name])}: take both files from the same model"
-                )
-            files[name] = path
+            _check_weight(path, name, header, expected, config, config_file)
+            headers[name], files[name] = header, path
     missing = [name for name in expected if name not in files and not IGNORED.search(name)]
-    if config.tie_word_embeddings and HEAD in missing:
-        missing.remove(HEAD)
+    if config.tie_word_embeddings:
+        missing = [name for name in missing if not name.startswith(HEAD)]
     if missing:
         prefix_only = files and all(name.startswith(PREFIX) for name in files)
         raise CheckpointError(
@@ -287,45 +410,116 @@ def _check_weights(folder: Path, config: ChatGLMConfig, expected: dict[str, torc
                 else "take config.json and the weights from the same model, or download them again"
             )
         )
-    return files
+    return headers, files
 
 
-def _read_tensors(path: Path, headers_only: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of one weight file, memory-mapped and not yet read; with headers_only on the meta device.
+def _check_weight(
+    path: Path,
+    name: str,
+    header: torch.Tensor,
+    expected: dict[str, torch.Tensor],
+    config: ChatGLMConfig,
+    config_file: Path,
+) -> None:
+    """Compare one header with what the configuration expects."""
+    place = expected.get(name.removesuffix("_scale"))
+    if place is None:
+        raise CheckpointError(
+            f"{path} holds {name}, for which {config_file} has no place: take both files from the same model"
+        )
+    if header.dtype == torch.bool:
+        raise CheckpointError(f"{path} holds {name} neither as floats nor as int8: download it again")
+    says = f"{config_file} says quantization_bit {config.quantization_bit}"
+    if name.startswith((EMBEDDING, HEAD)):
+        says += f" and quantization_embeddings {json.dumps(config.quantization_embeddings)}"
+    is_quantised = header.dtype == torch.int8 or name.endswith("_scale")
+    if is_quantised != (place.dtype == torch.int8):
+        raise CheckpointError(
+            f"{path} holds {name}, so it is {'' if is_quantised else 'not '}quantised, but {says}: "
+            "take both files from the same model"
+        )
+    if header.shape != expected[name].shape:
+        raise CheckpointError(
+            f"{path} holds {name} with shape {list(header.shape)}, but {says if is_quantised else config_file}"
+            f"{', which' * is_quantised} asks for {list(expected[name].shape)}: take both files from the same model"
+        )
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Turn what a broken weight file makes its reader raise into one sentence."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
+        if "Unsupported global" in str(error):
+            message = f"{path} holds more than tensors, and opening it could run foreign code: do not use it"
+        else:
+            message = f"{path} is damaged or cut off ({path.stat().st_size:,} bytes): download it again"
+        raise CheckpointError(message) from error
+
+
+def _read_headers(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one weight file, on the meta device.
 
     Raises CheckpointError if the file is a Git-LFS pointer, damaged, or holds anything else than tensors.
     """
     _refuse_pointer(path)
-    damaged = f"{path} is damaged or cut off ({path.stat().st_size:,} bytes): download it again"
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                read = _header if headers_only else type(file).get_tensor
-                names = file.keys()
-                return {name: read(file, name) for name in names}
+    if path.suffix != ".safetensors":
+        return _read_pickle(path, "meta")
+    with _damage_explained(path), safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.bool), device="meta")
+            for name, part in parts.items()
+        }
+
+
+def _read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and content of some tensors of a file, memory-mapped and not yet read, one after the other.
+
+    What was read of a mapping counts as used memory until all of it is closed: the file is opened anew, .safetensors
+    for each tensor, .bin when MAPPED bytes have been read of it.
+    """
+    if path.suffix == ".safetensors":
+        for name in names:
+            with _damage_explained(path), safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+            yield name, tensor
+            del tensor
+    else:
+        tensors, read, mappable = {}, 0, zipfile.is_zipfile(path)
+        for name in names:
+            if not tensors or (mappable and read > MAPPED):
+                tensors, read = _read_pickle(path, "cpu"), 0
+            read += tensors[name].nbytes
+            yield name, tensors[name]
+
+
+def _read_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
+    with _damage_explained(path):
         tensors = torch.load(
             path,
-            map_location="meta" if headers_only else "cpu",
+            map_location=device,
             mmap=zipfile.is_zipfile(path),  # the format before torch 1.6 cannot be mapped
             weights_only=True,
         )
-    except (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
-        if "Unsupported global" in str(error):
-            damaged = f"{path} holds more than tensors, and opening it could run foreign code: do not use it"
-        raise CheckpointError(damaged) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a table of tensors: use the weight files of the model's repository")
     return tensors
 
 
-def _header(file, name: str) -> torch.Tensor:
-    part = file.get_slice(name)
-    dtype = FLOAT_DTYPES.get(part.get_dtype(), torch.int8)  # which other dtype it is does not matter
-    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
-
-
 def _head_equals_embedding(files: dict[str, Path]) -> bool:
-    return torch.equal(_read_tensors(files[HEAD])[HEAD], _read_tensors(files[EMBEDDING])[EMBEDDING])
+    """Whether what the files hold of the head, if anything, is what they hold of the embedding."""
+    for name in files:
+        if name.startswith(HEAD):
+            other = name.replace(HEAD, EMBEDDING)
+            if files[name] == files[other] and files[name].suffix != ".safetensors":
+                tensors = _read_pickle(files[name], "cpu")  # published as one storage under two names
+            else:
+                tensors = dict(pair for part in (name, other) for pair in _read_tensors(files[part], [part]))
+            if not torch.equal(tensors[name], tensors[other]):
+                return False
+    return True
 
 
 def _read_json(path: Path) -> dict:

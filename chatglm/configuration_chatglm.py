@@ -91,3 +91,8 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.quantization_embeddings is True:
             return self.quantization_bit
         return int(self.quantization_embeddings)
+
+    def set_quantization(self, bits: int, embedding_bits: int) -> None:
+        """Say how many bits the weights have: of the linear layers, and of embedding and head; 0 = not quantised."""
+        self.quantization_bit = bits
+        self.quantization_embeddings = bool(embedding_bits) if embedding_bits in (0, bits) else embedding_bits

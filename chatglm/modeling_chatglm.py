@@ -26,7 +26,7 @@ from .cache import GrowingCache
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .generation import ChatGLMGenerationMixin, check_hidden_mask
-from .quantization import QuantizedModule, _kernels, embedding_class, linear_class, quantize_model, tie_scales
+from .quantization import QuantizedModule, embedding_class, fast_kernels, linear_class, quantize_model, tie_scales
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def decode_kernel(config: ChatGLMConfig) -> Callable | None:
 
     Quantised models alone use it: it comes with their other kernels, and the rest need no compiler.
     """
-    kernels = _kernels() if config.quantization_bit else None
+    kernels = fast_kernels() if config.quantization_bit else None
     backend = kernels and kernels.cpu_backend()
     return backend and backend.attention
 
@@ -256,6 +256,28 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$",)
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": SelfAttention}  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; what `freeze` has frozen stays so when it is loaded."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def freeze(self) -> None:
+        """Stop gradients to quantised weights and their scales, and, with a prefix encoder, to everything else."""
+        for name, parameter in self.named_parameters():
+            frozen = self.config.pre_seq_len is not None and "prefix_encoder" not in name
+            if frozen or name.endswith("weight_scale"):
+                parameter.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; a quantised or narrower embedding has a dtype of its own."""
+        return self.base_model.final_layernorm.weight.dtype
+
+    def _get_dtype_plan(self, dtype):
+        return super()._get_dtype_plan(dtype) | {"weight_scale": None}  # loaded as it is stored
+
     def _init_weights(self, module):
         if not isinstance(module, QuantizedModule):  # made of zeros, to be loaded
             super()._init_weights(module)
@@ -316,10 +338,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.layers = nn.ModuleList(ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len is not None:
-            self.requires_grad_(False)  # P-Tuning trains the prefix alone
             self.prefix_encoder = PrefixEncoder(config)
         self.gradient_checkpointing = False
         self.post_init()
+        self.freeze()  # P-Tuning trains the prefix alone
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -381,6 +403,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None and inputs_embeds is None:
             raise ValueError("either input_ids or inputs_embeds must be given")
         if inputs_embeds is None:
+            table = self.word_embeddings.weight
+            moved_by_hook = hasattr(self.word_embeddings, "_hf_hook")  # of accelerate, in a model split over devices
+            if table.device != input_ids.device and not table.is_meta and not moved_by_hook:
+                raise ValueError(
+                    f"input_ids are on {input_ids.device} and the model is on {table.device}: "
+                    "move them with input_ids.to(model.device)"
+                )
             # A quantised or narrower table has a dtype of its own.
             inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
         if use_cache and past_key_values is None:
@@ -402,7 +431,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         visible = self._visible(input_ids, inputs_embeds, attention_mask, past_key_values, past_length)
         places = position_ids.transpose(1, 2).unsqueeze(1)  # [batch, 1, seq_len, streams]
-        rotary = rotary_embedding(places, self.config.head_dim // streams, inputs_embeds.dtype)
+        # bfloat16 cannot tell positions above 256 apart; the published use of the weights, float16 or float32, is kept.
+        dtype = torch.float32 if inputs_embeds.dtype == torch.bfloat16 else inputs_embeds.dtype
+        rotary = rotary_embedding(places, self.config.head_dim // streams, dtype)
         prefix = [None] * self.config.num_layers
         if self.config.pre_seq_len is not None and past_length == 0:
             prefix = self.prefix_encoder(inputs_embeds.shape[0], inputs_embeds.dtype)
@@ -427,9 +458,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = linear_class(config.embedding_bits)(config.hidden_size, config.vocab_size, bias=False)
-        if config.pre_seq_len is not None:
-            self.lm_head.requires_grad_(False)
         self.post_init()
+        self.freeze()
         if config.embedding_bits:
             tie_scales(self)
             self.tie_weights(recompute_mapping=False)

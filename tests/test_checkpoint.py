@@ -1,18 +1,25 @@
 """Every published layout, made here with small shapes, loads exactly; every broken one is refused in one sentence."""
 
+import hashlib
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
+import types
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, quantization
+from chatglm import checkpoint as checkpoint_module
 from chatglm.checkpoint import CheckpointError, load_tokenizer, load_weights, open_checkpoint
+from chatglm.quantization import LAYERS, dequantize_weight, quantize_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 MINI_VOCABULARY = GOLDEN / "tokenizer" / "mini_ice_text.model"  # 772 pieces, <sop> is 432
@@ -44,6 +51,7 @@ PUBLISHED = {
     "transformers_version": "4.23.1",
     "use_cache": True,
 }
+PUBLISHED_QE = {"quantization_bit": 4, "quantization_embeddings": True}
 TOKENIZER = {
     "name_or_path": "THUDM/chatglm-6b",
     "bos_token": "<sop>",
@@ -59,6 +67,7 @@ TOKENIZER = {
     "num_image_tokens": 0,
     "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
 }
+EMBEDDING = "transformer.word_embeddings.weight"
 INPUT_IDS = torch.tensor([[5, 70, 80, 90, 429, 432, 100, 101]])
 
 
@@ -73,6 +82,20 @@ def random_weights(config: ChatGLMConfig, tied: bool = True) -> dict[str, torch.
     return weights
 
 
+def quantised(weights: dict, bits: int, embeddings: bool = False) -> dict[str, torch.Tensor]:
+    """The published quantised form of float16 weights: int8 beside float16 scales; embedding and head share theirs."""
+    stored = {}
+    ends = tuple(f"{name}.weight" for name in LAYERS) + (EMBEDDING,) * embeddings
+    for name, tensor in weights.items():
+        stored[name] = tensor
+        if name.endswith(ends):
+            stored[name], stored[f"{name}_scale"] = quantize_weight(tensor, bits)
+    stored["lm_head.weight"] = stored[EMBEDDING]
+    if embeddings:
+        stored["lm_head.weight_scale"] = stored[f"{EMBEDDING}_scale"]
+    return stored
+
+
 def with_frequencies(weights: dict) -> dict:
     frequencies = torch.full((2,), 7.0).half()  # wrong on purpose: they must be ignored
     return weights | {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": frequencies for i in range(3)}
@@ -80,9 +103,9 @@ def with_frequencies(weights: dict) -> dict:
 
 def in_parts(weights: dict, count: int) -> list[dict]:
     """Consecutive parts, so that layers straddle files and the head is alone in the last one."""
-    body = [name for name in weights if name != "lm_head.weight"]
+    body = [name for name in weights if not name.startswith("lm_head.")]
     cuts = [len(body) * i // (count - 1) for i in range(count)]
-    parts = [body[start:end] for start, end in pairwise(cuts)] + [["lm_head.weight"]]
+    parts = [body[start:end] for start, end in pairwise(cuts)] + [[name for name in weights if name not in body]]
     return [{name: weights[name] for name in part} for part in parts]
 
 
@@ -130,8 +153,17 @@ def make_folder(folder: Path, weights: dict, save=save_safetensors, config: dict
     return folder
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32):
-    return load_weights(open_checkpoint(folder), "cpu", dtype)
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options):
+    return load_weights(open_checkpoint(folder), "cpu", dtype, **options)
+
+
+def assert_equal_weights(model, expected: dict[str, torch.Tensor]) -> None:
+    """Same names, bytes and dtypes."""
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
 def logits(model) -> torch.Tensor:
@@ -280,6 +312,358 @@ def test_counted_parameters_are_the_real_ones(tmp_path, weights, source):
     assert open_checkpoint(tmp_path).num_parameters == tied.num_parameters + 780 * 32
 
 
+# Quantised layouts, and quantising while loading ----------------------------------------------------------------------
+
+
+class Reversing:
+    """Kernels that keep weights backwards in memory, so that a byte in the wrong order shows."""
+
+    def supports(self, out_features, in_features, bits):
+        return True
+
+    def pack(self, weight, bits):
+        return weight.flip(0, 1)
+
+    unpack = pack
+
+    def linear(self, x, packed, scale, bias, bits, activations):
+        return quantization.linear(x, packed.flip(0, 1), scale, bias, bits)
+
+    def embedding(self, ids, packed, scale, bits):
+        return dequantize_weight(packed.flip(0, 1)[ids], scale[ids], bits, torch.float32)
+
+
+@pytest.fixture(params=["kernels", "no_kernels"])
+def kernels(monkeypatch, request):
+    found = types.SimpleNamespace(cpu_backend=Reversing) if request.param == "kernels" else None
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("save", LAYOUTS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("embeddings", [False, True], ids=["", "qe"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_published_quantised_layout_loads_exactly(tmp_path, weights, kernels, bits, embeddings, save):
+    stored = quantised(weights, bits, embeddings)
+    config = SHAPES | {"quantization_bit": bits, "quantization_embeddings": embeddings}
+    model = load(make_folder(tmp_path, with_frequencies(stored), save, config))
+    # The very bytes, scales in the dtype in which they are stored; what is not quantised in the one asked for.
+    kept = {name for name in stored if stored[name].dtype == torch.int8 or name.endswith("_scale")}
+    assert_equal_weights(model, {name: t if name in kept else t.float() for name, t in stored.items()})
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in kept)
+    assert (model.config.quantization_bit, model.config.embedding_bits) == (bits, bits * embeddings)
+
+    plain = ChatGLMForConditionalGeneration(ChatGLMConfig(**SHAPES, use_cache=True)).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            scale = stored.get(f"{name}_scale")
+            parameter.copy_(
+                stored[name] if scale is None else dequantize_weight(stored[name], scale, bits, torch.float32)
+            )
+    assert torch.allclose(logits(model), logits(plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("embeddings", [False, True], ids=["", "qe"])
+def test_tied_quantised_checkpoint_may_lack_its_head(tmp_path, weights, kernels, embeddings):
+    stored = quantised(weights, 4, embeddings)
+    headless = {name: tensor for name, tensor in stored.items() if not name.startswith("lm_head.")}
+    config = SHAPES | {"quantization_bit": 4, "quantization_embeddings": embeddings}
+    model = load(make_folder(tmp_path, headless, config=config))
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    if embeddings:
+        assert model.lm_head.weight_scale is model.transformer.word_embeddings.weight_scale
+        assert torch.equal(model.lm_head.weight_scale, stored["lm_head.weight_scale"])
+
+
+def test_differing_quantised_head_is_kept_with_a_warning(tmp_path, weights, kernels, caplog):
+    stored = quantised(weights, 4, embeddings=True)
+    stored["lm_head.weight_scale"] = 2 * stored["lm_head.weight_scale"]
+    folder = make_folder(tmp_path, stored, config=SHAPES | {"quantization_bit": 4, "quantization_embeddings": True})
+    with caplog.at_level(logging.WARNING, "chatglm.checkpoint"):
+        model = load(folder)
+    assert "differ" in caplog.text
+    head, embedding = model.lm_head.weight_scale, model.transformer.word_embeddings.weight_scale
+    assert torch.equal(head, 2 * embedding)
+
+
+@pytest.mark.parametrize("save", LAYOUTS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantising_while_loading_equals_quantising_afterwards(tmp_path, weights, kernels, bits, dtype, save):
+    folder = make_folder(tmp_path, weights, save)
+    # The arithmetic is float16 if that is the dtype of the network, else float32.
+    afterwards = load(folder, torch.float16 if dtype == torch.float16 else torch.float32)
+    afterwards.quantize(bits, quantize_embeddings=True)
+    model = load(folder, dtype, quantization_bit=bits, embedding_bit=bits)
+    expected = {
+        name: tensor if tensor.dtype == torch.int8 or name.endswith("_scale") else tensor.to(dtype)
+        for name, tensor in afterwards.state_dict().items()
+    }
+    assert_equal_weights(model, expected)
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert model.config.quantization_bit == bits and model.config.quantization_embeddings is True
+    assert model.config.dtype == dtype
+
+
+@pytest.mark.parametrize(("bits", "embedding_bit"), [(4, 8), (8, 4), (4, 4), (0, 8)])
+def test_embedding_may_have_bits_of_its_own(tmp_path, weights, kernels, bits, embedding_bit):
+    model = load(make_folder(tmp_path, weights), quantization_bit=bits, embedding_bit=embedding_bit)
+    packed, scale = quantize_weight(weights[EMBEDDING].float(), embedding_bit)
+    state = model.state_dict()
+    for name in (EMBEDDING, "lm_head.weight"):
+        assert torch.equal(state[name], packed)
+        assert torch.equal(state[f"{name}_scale"], scale)
+    assert (model.config.quantization_bit, model.config.embedding_bits) == (bits, embedding_bit)
+    assert logits(model).isfinite().all()
+
+
+def test_embedding_is_quantised_beside_layers_that_are_already(tmp_path, weights, kernels):
+    stored = quantised(weights, 4)
+    folder = make_folder(tmp_path, stored, save_bin, SHAPES | {"quantization_bit": 4})
+    model = load(folder, embedding_bit=8)
+    state = model.state_dict()
+    assert torch.equal(state[DENSE], stored[DENSE])
+    assert state[f"{DENSE}_scale"].dtype == torch.float16
+    assert torch.equal(state[EMBEDDING], quantize_weight(weights[EMBEDDING].float(), 8)[0])
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert model.config.quantization_embeddings == 8
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_embedding_may_stay_in_bfloat16_below_a_float32_network(tmp_path, weights, kernels, bits):
+    folder = make_folder(tmp_path, weights)
+    model = load(folder, quantization_bit=bits, embedding_bit=16)
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert torch.equal(model.lm_head.weight, weights[EMBEDDING].bfloat16())
+    assert model.transformer.final_layernorm.weight.dtype == torch.float32
+    assert model.config.quantization_embeddings is False
+    found, exact = logits(model), logits(load(folder, quantization_bit=bits))
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()  # bfloat16 has 8 bits
+    half = load(folder, torch.float16, quantization_bit=bits, embedding_bit=16)
+    assert half.lm_head.weight.dtype == torch.float16
+
+
+def test_prefix_encoder_of_a_quantised_network_stays_in_float32(tmp_path):
+    shapes = SHAPES | {"pre_seq_len": 4}
+    weights = random_weights(ChatGLMConfig(**shapes))
+    prefix = "transformer.prefix_encoder.embedding.weight"
+    weights[prefix] = weights[prefix].float() + 1e-6
+    model = load(make_folder(tmp_path, weights, save_bin, shapes), torch.float16, quantization_bit=4)
+    assert torch.equal(model.transformer.prefix_encoder.embedding.weight, weights[prefix])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [prefix]
+
+
+@pytest.mark.parametrize("save", [save_bin, save_bin_shards, save_safetensors_shards], ids=lambda save: save.__name__)
+def test_loading_and_running_change_no_file_and_need_it_no_more(tmp_path, weights, kernels, save):
+    folder = make_folder(tmp_path, quantised(weights, 4, True), save, SHAPES | PUBLISHED_QE)
+    digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+    model = load(folder)
+    first = logits(model)
+    model.state_dict()
+    model.float()
+    assert {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()} == digests
+    for path in [*folder.glob("*.bin"), *folder.glob("*.safetensors")]:
+        path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(logits(model), first)
+
+
+def test_part_of_a_checkpoint_leaves_the_rest_empty(tmp_path, weights, kernels):
+    checkpoint = open_checkpoint(make_folder(tmp_path, weights))
+    files = {name: path for name, path in checkpoint.files.items() if name.startswith("transformer.layers.1.")}
+    part = load_weights(replace(checkpoint, files=files), quantization_bit=4)
+    whole = load_weights(checkpoint, quantization_bit=4).state_dict()
+    for name, tensor in part.state_dict().items():
+        here = name.startswith("transformer.layers.1.")
+        assert tensor.is_meta != here, name
+        assert not here or torch.equal(tensor, whole[name]), name
+
+
+def test_weights_are_laid_out_for_kernels_while_they_are_read(tmp_path, weights, monkeypatch):
+    found = types.SimpleNamespace(cpu_backend=Reversing)
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: found)
+    stored = quantised(weights, 4, True)
+    for options in ({"quantization_bit": 4, "embedding_bit": 4}, {}):
+        config = SHAPES if options else SHAPES | PUBLISHED_QE
+        model = load(make_folder(tmp_path, weights if options else stored, config=config), **options)
+        modules = [module for module in model.modules() if isinstance(module, quantization.QuantizedModule)]
+        assert len(modules) == 4 * 3 + 2
+        assert all(isinstance(module.weight.backend, Reversing) for module in modules)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantising_onto_a_gpu_is_float16_arithmetic(tmp_path, weights, bits):
+    folder = make_folder(tmp_path, weights, save_bin_shards)
+    model = load_weights(open_checkpoint(folder), "cuda", torch.float16, bits, bits)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    stored = quantised(weights, bits, embeddings=True)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == stored[name].dtype
+        # A division on a GPU may differ in the last place of a scale, and so an integer by one.
+        difference = (tensor.cpu().float() - stored[name].float()).abs()
+        if name.endswith("_scale"):
+            assert (difference <= 0.001 * stored[name].float()).all()
+        elif tensor.dtype == torch.float16:
+            assert not difference.any()
+    again = load_weights(
+        open_checkpoint(
+            make_folder(
+                tmp_path / "int", stored, config=SHAPES | {"quantization_bit": bits, "quantization_embeddings": True}
+            )
+        ),
+        "cuda",
+        torch.float16,
+    )
+    assert all(torch.equal(tensor.cpu(), stored[name]) for name, tensor in again.state_dict().items())
+    assert again(INPUT_IDS.cuda()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("shard", ["100GB", "16KB"], ids=["one_file", "shards"])
+@pytest.mark.parametrize("embeddings", [False, True], ids=["", "qe"])
+def test_saving_writes_the_published_bytes_again(tmp_path, weights, kernels, embeddings, shard):
+    stored = quantised(weights, 4, embeddings)
+    config = SHAPES | {"quantization_bit": 4, "quantization_embeddings": embeddings}
+    published = make_folder(tmp_path / "published", stored, save_bin, config)
+    load(published, torch.float16).save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "16KB")
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tied = {name: tensor for name, tensor in stored.items() if not name.startswith("lm_head.")}
+    assert saved.keys() == tied.keys()
+    for name, tensor in tied.items():
+        assert saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor), name
+
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_bit"] == 4
+    assert config.get("quantization_embeddings", False) is embeddings
+    assert "quantization_config" not in config
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(load(published)))
+
+
+def test_saving_what_was_quantised_here_loads_without_quantising_again(tmp_path, weights, kernels):
+    model = load(make_folder(tmp_path / "plain", weights), quantization_bit=4, embedding_bit=8)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", quantization_bit=4, embedding_bit=8)
+    assert_equal_weights(again, model.state_dict())
+    assert again.state_dict()[f"{DENSE}_scale"].dtype == torch.float32
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        ((4, False), (8, None), "the model in {} is quantised to 4 bits, but 8 were asked for"),
+        ((8, False), (4, None), "the model in {} is quantised to 8 bits, but 4 were asked for"),
+        ((4, True), (4, 8), "the embedding in {} is quantised to 4 bits, but 8 were asked for"),
+        ((4, True), (0, 16), "the embedding in {} is quantised to 4 bits, but 16 were asked for"),
+    ],
+)
+def test_other_bits_than_stored_are_refused_naming_both(tmp_path, weights, stored, asked, expected):
+    bits, embeddings = stored
+    config = SHAPES | {"quantization_bit": bits, "quantization_embeddings": embeddings}
+    checkpoint = open_checkpoint(make_folder(tmp_path, quantised(weights, bits, embeddings), config=config))
+    for refused in (load_weights, lambda checkpoint, **options: checkpoint.memory(4, **options)):
+        with pytest.raises(CheckpointError) as caught:
+            refused(checkpoint, quantization_bit=asked[0], embedding_bit=asked[1])
+        assert expected.format(tmp_path) in str(caught.value)
+        assert f"ask for {bits}" in str(caught.value)
+
+
+def test_bits_that_do_not_exist_are_refused(tmp_path, weights):
+    checkpoint = open_checkpoint(make_folder(tmp_path, weights))
+    with pytest.raises(ValueError, match="4 or 8 bits, got 3"):
+        load_weights(checkpoint, quantization_bit=3)
+    with pytest.raises(ValueError, match="embedding_bit must be 4, 8, 16 or None, got 2"):
+        load_weights(checkpoint, embedding_bit=2)
+
+
+def test_matrix_that_cannot_be_quantised_is_named(tmp_path, weights):
+    broken = weights | {DENSE: weights[DENSE].clone()}
+    broken[DENSE][3, 5] = float("inf")
+    checkpoint = open_checkpoint(make_folder(tmp_path, broken))
+    with pytest.raises(CheckpointError, match=rf"{DENSE} in .*model\.safetensors: .*NaN or infinite"):
+        load_weights(checkpoint, quantization_bit=4)
+
+
+@pytest.mark.parametrize("stored", [0, 4])
+@pytest.mark.parametrize("embedding_bit", [None, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_is_that_of_the_loaded_parameters(tmp_path, weights, stored, embedding_bit, dtype):
+    content = quantised(weights, 4) if stored else weights
+    checkpoint = open_checkpoint(make_folder(tmp_path, content, config=SHAPES | {"quantization_bit": stored}))
+    for bits in (0, 4):
+        memory = checkpoint.memory(dtype.itemsize, bits, embedding_bit)
+        model = load_weights(checkpoint, "cpu", dtype, bits, embedding_bit)
+        real = sum(parameter.nbytes for parameter in model.parameters())
+        scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_scale"))
+        # The scales that are stored are smaller than those made in float32.
+        assert real <= memory.weights <= real + 2 * scales
+        assert memory.loading_peak == memory.weights + max(tensor.nbytes for tensor in content.values())
+        # 3 layers, keys and values, 32 channels; a quantised model keeps them in float16.
+        assert memory.cache_per_token == 3 * 2 * 32 * (2 if bits or stored else dtype.itemsize)
+
+
+def test_parameters_of_a_quantised_checkpoint_are_those_of_the_network(tmp_path, weights, source):
+    stored = quantised(weights, 4, True)
+    checkpoint = open_checkpoint(make_folder(tmp_path, stored, config=SHAPES | PUBLISHED_QE))
+    assert checkpoint.num_parameters == sum(parameter.numel() for parameter in source.parameters())
+
+
+# Prints how many bytes quantising while loading took at its peak, and how many the model has.
+PEAK = """
+import resource, sys
+import chatglm.quantization
+import chatglm.checkpoint
+from chatglm.checkpoint import load_weights, open_checkpoint
+
+chatglm.quantization.fast_kernels = lambda: None
+chatglm.checkpoint.MAPPED = 8_000_000
+checkpoint = open_checkpoint(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_weights(checkpoint, quantization_bit=4, embedding_bit=4)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(1024 * (after - before), sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("save", [save_bin, save_bin_before_torch_1_6, save_bin_shards], ids=lambda save: save.__name__)
+def test_bin_file_is_opened_anew_after_so_many_bytes(tmp_path, weights, kernels, monkeypatch, save):
+    folder = make_folder(tmp_path, weights, save)
+    expected = load(folder, quantization_bit=4).state_dict()
+    opened = []
+    read = checkpoint_module._read_pickle
+    monkeypatch.setattr(checkpoint_module, "_read_pickle", lambda *args: opened.append(args) or read(*args))
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.setattr(checkpoint_module, "MAPPED", 10_000)
+    opened.clear()
+    assert_equal_weights(load_weights(checkpoint, quantization_bit=4), expected)
+    # For comparing head and embedding; then behind the embedding (50 kB) and in every layer (15 kB) at least once.
+    assert len(opened) >= 1 + 4 if save is not save_bin_before_torch_1_6 else len(opened) == 1 + 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize("save", [save_safetensors, save_bin], ids=lambda save: save.__name__)
+def test_quantising_while_loading_needs_little_beside_the_quantised_model(tmp_path, save):
+    shapes = SHAPES | {"vocab_size": 4000, "hidden_size": 512, "num_layers": 10, "inner_hidden_size": 2048}
+    weights = random_weights(ChatGLMConfig(**shapes))
+    folder = make_folder(tmp_path, weights, save, shapes)
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    taken, quantised_size = map(int, result.stdout.split())
+    size = sum(tensor.nbytes for name, tensor in weights.items() if name != "lm_head.weight")
+    # The largest matrix is 4 MB, and is held in a few forms at once; 8 MB of a .bin file are mapped.
+    assert taken < quantised_size + 35e6 < 0.8 * size
+
+
 # Foreign code ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +712,14 @@ def cut(path: Path) -> None:
     path.write_bytes(content[: 2 * len(content) // 3])
 
 
+def edit_json_and_weights(folder: Path, missing: str) -> None:
+    """Say in the configuration that the weights are quantised, and remove one of them."""
+    edit_json(folder / "config.json", quantization_bit=4)
+    weights = load_file(folder / "model.safetensors")
+    del weights[missing]
+    save_file(weights, folder / "model.safetensors")
+
+
 def replace_weights(folder: Path, change) -> None:
     file = folder / "model.safetensors"
     weights = random_weights(ChatGLMConfig(**SHAPES))
@@ -335,7 +727,6 @@ def replace_weights(folder: Path, change) -> None:
     save_file({name: tensor.clone() for name, tensor in weights.items()}, file)
 
 
-EMBEDDING = "transformer.word_embeddings.weight"
 DENSE = "transformer.layers.1.mlp.dense_h_to_4h.weight"
 FIRST_SHARD = "pytorch_model-00001-of-00008.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -440,7 +831,27 @@ BROKEN = {
     "config of quantised weights": (
         save_bin,
         lambda f: edit_json(f / "config.json", quantization_bit=4),
-        ["config.json", "quantised to 4 bits", "unquantised checkpoints only", "THUDM/chatglm-6b"],
+        [
+            "pytorch_model.bin holds transformer.layers.0.attention.query_key_value.weight",
+            "not quantised",
+            "config.json says quantization_bit 4",
+            "same model",
+        ],
+    ),
+    "config of quantised embeddings": (
+        lambda f, weights: save_safetensors(f, quantised(weights, 4)),
+        lambda f: edit_json(f / "config.json", **PUBLISHED_QE),
+        ["model.safetensors holds", "not quantised", "says quantization_bit 4 and quantization_embeddings true"],
+    ),
+    "config of other bits": (
+        lambda f, weights: save_safetensors(f, quantised(weights, 4)),
+        lambda f: edit_json(f / "config.json", quantization_bit=8),
+        ["model.safetensors holds transformer.layers.", "config.json says quantization_bit 8, which asks for"],
+    ),
+    "config of bits that do not exist": (
+        save_bin,
+        lambda f: edit_json(f / "config.json", quantization_bit=3),
+        ["config.json is not usable", "quantization_bit must be 0, 4 or 8, got 3"],
     ),
     "config with a word for a number": (
         save_bin,
@@ -455,7 +866,22 @@ BROKEN = {
     "quantised weights": (
         save_safetensors,
         lambda f: replace_weights(f, lambda weights: weights.update({DENSE: weights[DENSE].to(torch.int8)})),
-        ["model.safetensors", DENSE, "quantised", "unquantised checkpoints only"],
+        ["model.safetensors", DENSE, "quantised", "config.json says quantization_bit 0", "same model"],
+    ),
+    "quantised embedding": (
+        lambda f, weights: save_safetensors(f, quantised(weights, 4, True)),
+        lambda f: edit_json(f / "config.json", quantization_bit=4),
+        ["holds", "so it is quantised", "says quantization_bit 4 and quantization_embeddings false"],
+    ),
+    "scale is missing": (
+        lambda f, weights: save_safetensors(f, quantised(weights, 4)),
+        lambda f: edit_json_and_weights(f, f"{DENSE}_scale"),
+        ["model.safetensors lacks 1", f"{DENSE}_scale"],
+    ),
+    "whole numbers of another kind": (
+        lambda f, weights: save_safetensors(f, weights | {DENSE: weights[DENSE].to(torch.int32)}),
+        lambda f: None,
+        ["model.safetensors", DENSE, "neither as floats nor as int8"],
     ),
     "wrong shape": (
         save_safetensors,

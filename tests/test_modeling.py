@@ -160,3 +160,23 @@ def test_logits_to_keep_are_the_last_ones():
     model = small_model()
     ids = torch.tensor([ROWS[1]])
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+
+
+def test_bfloat16_tells_late_positions_apart():
+    """The angles of bfloat16 positions would be those of every second one from 256 on."""
+    model = small_model()
+    with torch.no_grad():  # larger than freshly made ones, so that places matter
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    model.bfloat16()
+    ids = torch.tensor([[7] * 300 + [8, GMASK, BOS]])
+    places = model.get_position_ids(ids)
+    shifted = places.clone()
+    shifted[0, 0, 300] = 299  # the one token that differs
+    with torch.no_grad():
+        assert not torch.equal(model(ids, position_ids=places).logits, model(ids, position_ids=shifted).logits)
+
+
+def test_input_on_another_device_than_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"input_ids are on meta and the model is on cpu: move them"):
+        small_model()(torch.tensor([ROWS[0]], device="meta"), position_ids=torch.zeros(1, 2, 4, dtype=torch.long))

@@ -74,13 +74,13 @@ class Reversing:
 def backend(monkeypatch):
     backend = Reversing()
     kernels = types.SimpleNamespace(cpu_backend=lambda: backend)
-    monkeypatch.setattr(quantization, "_kernels", lambda: kernels)
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: kernels)
     return backend
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(quantization, "_kernels", lambda: None)
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: None)
 
 
 # arithmetic
@@ -95,7 +95,7 @@ def test_error_is_at_most_half_a_step_per_weight(bits):
 
 
 def test_rows_are_quantized_alike_in_one_block_or_many():
-    rows = quantization.BLOCK // 4096 + 3
+    rows = quantization.CPU_BLOCK // 4096 + 3
     weight = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(2)).half()
     packed, scale = quantize_weight(weight, 4)
     last = quantize_weight(weight[-5:].clone(), 4)
@@ -136,7 +136,7 @@ def test_other_bits_and_odd_widths_are_refused():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", [1 << 24, 1])  # the whole matrix at once, and row by row
 def test_gradients_are_those_of_the_dequantized_matrix(bits, block, monkeypatch):
-    monkeypatch.setattr(quantization, "BLOCK", block)
+    monkeypatch.setattr(quantization, "CPU_BLOCK", block)
     layer = QuantizedLinear.from_linear(nn.Linear(10, 6), bits)
     x = torch.randn(2, 3, 10, requires_grad=True)
     weight = dequantize_weight(layer.weight, layer.weight_scale, bits, torch.float32)

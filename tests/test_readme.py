@@ -1,4 +1,4 @@
-"""What the two READMEs promise holds: same commands, existing files, a running snippet, the test command of CI."""
+"""What the two READMEs promise holds: same commands, existing files, memory, running snippets, the command of CI."""
 
 import os
 import re
@@ -61,6 +61,25 @@ def test_flag_table_lists_every_flag_of_the_terminal_chat():
 
     flags = [action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"]
     assert sorted(table_keys(CHINESE, r"`--\w+`")) == sorted(f"`{flag}`" for flag in flags)
+
+
+@BOTH
+def test_memory_table_is_what_the_program_computes(text):
+    import utils
+
+    def figures(device, dtype, bits):
+        needs = utils.memory_needs(utils.published_checkpoint(), device, dtype, bits)
+        return [f"{size / 1e9:.1f}" for size in (needs.weights, needs.cache, needs.loading_peak, needs.total)]
+
+    rows = re.findall(r"^\| (GPU|CPU)[，,] ?`?(\w+)`? \| (.+) \|$", text, flags=re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        ("GPU", "float16"), ("GPU", "INT8"), ("GPU", "INT4"), ("CPU", "bfloat16"), ("CPU", "INT8"), ("CPU", "INT4")
+    ]  # fmt: skip
+    for place, form, numbers in rows:
+        device, dtype = {"GPU": ("cuda:0", "float16"), "CPU": ("cpu", "float32")}[place]
+        bits = {"INT8": 8, "INT4": 4}.get(form)
+        assert numbers.split(" | ") == figures(device, dtype if bits else form, bits), (place, form)
+    assert f"{figures('cpu', 'float32', None)[-1]} GB" in text
 
 
 def test_dialogue_is_what_the_embedded_model_says(model, tokenizer):

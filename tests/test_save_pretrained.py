@@ -1,5 +1,6 @@
 """What `save_pretrained` writes loads alone elsewhere; here, the Auto classes never run code of a folder."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, quantization
 
 VOCABULARY = Path(__file__).parent / "golden" / "tokenizer" / "mini_ice_text.model"
 
@@ -36,6 +37,7 @@ batch = tokenizer(["你好", "hello world"], padding=True, return_tensors="pt")
 json.dump(
     {
         "classes": [type(thing).__module__.split(".")[0] for thing in (config, tokenizer, *models)],
+        "bits": model.config.quantization_bit if model.lm_head.weight.dtype == torch.int8 else 0,
         "ids": tokenizer("你好，\\n\\t世界   !")["input_ids"],
         "response": response,
         "history": history,
@@ -84,10 +86,23 @@ def folder(tmp_path_factory, model, tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(params=["float32", "int4"])
+def saved(request, tmp_path, monkeypatch, model, tokenizer, folder):
+    """A model and the folder that it was saved to."""
+    if request.param == "float32":
+        return model, folder
+    # A stranger has no kernels but plain torch: so has the model that it is compared with.
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: None)
+    quantised = copy.deepcopy(model).quantize(4, quantize_embeddings=True)
+    quantised.save_pretrained(tmp_path / "my-int4")
+    tokenizer.save_pretrained(tmp_path / "my-int4")
+    return quantised, tmp_path / "my-int4"
+
+
 def test_folder_holds_everything(folder):
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "ice_text.model", "tokenizer_config.json"} <= names
-    assert {"configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"} <= names
+    assert {"configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py", "quantization.py"} <= names
     assert (folder / "ice_text.model").read_bytes() == VOCABULARY.read_bytes()
     assert json.loads((folder / "tokenizer_config.json").read_text())["num_image_tokens"] == 0
 
@@ -97,7 +112,8 @@ def test_saved_config_names_no_path_of_this_machine(folder):
     assert str(VOCABULARY.parent) not in (folder / "tokenizer_config.json").read_text()
 
 
-def test_stranger_with_trust_remote_code_gets_the_same_answers(tmp_path, folder, model, tokenizer):
+def test_stranger_with_trust_remote_code_gets_the_same_answers(tmp_path, saved, tokenizer):
+    model, folder = saved
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     result = subprocess.run(
@@ -111,6 +127,7 @@ def test_stranger_with_trust_remote_code_gets_the_same_answers(tmp_path, folder,
     assert result.returncode == 0, result.stderr[-3000:]
     answer = json.loads(result.stdout)
     assert answer["classes"] == ["transformers_modules"] * 5
+    assert answer["bits"] == model.config.quantization_bit
 
     response, history = model.chat(tokenizer, "你好", history=[("a", "b")], max_new_tokens=12, temperature=0)
     assert len(response) > 3

@@ -1,0 +1,469 @@
+"""The C kernels for CPUs: compiled once, kept in a cache folder, called through ctypes.
+
+What is unusual:
+
+* linear.c and attention.c are compiled on first use with the C compiler of the machine, in a few seconds. One library
+  serves every processor of an architecture: the form for this one is chosen when it runs, not when it is compiled.
+* The file name of a library holds hashes of the sources, of the compiler with its flags, and of the library itself: a
+  changed source or compiler gives a new file, and one that was cut off or damaged is recognised before it is loaded.
+* ctypes releases Python's lock during a call; a kernel uses as many threads as torch does. As with torch itself, a
+  forked child of a process that has computed must call torch.set_num_threads(1) before it computes.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+SOURCES = ("kernels.h", "linear.c", "attention.c")
+FLAGS = ("-O3", "-std=gnu11", "-shared", *(() if sys.platform == "win32" else ("-fPIC",)))
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+COMPILE_SECONDS = 120  # three are usual
+OPENMP_ADVICE = {
+    "darwin": "brew install libomp",
+    "win32": "gcc from MinGW-w64 with libgomp has it",
+}.get(sys.platform, "install gcc, or for clang libomp-dev")
+CACHE_ADVICE = "set CHATGLM_KERNELS_CACHE to a folder that can"
+OPENMP_PROBE = "#include <omp.h>\nint probe(void) {\n#pragma omp parallel\n{}\nreturn omp_get_max_threads();\n}\n"
+VARIANTS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2", "plain": "plain C"}
+ACTIVATIONS = {"int8": 0, "bf16": 1}
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_p, _i, _n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+SIGNATURES = {
+    "kernels_variant": (ctypes.c_char_p, ()),
+    "kernels_set_variant": (_i, (ctypes.c_char_p,)),
+    "kernels_openmp": (_i, ()),
+    "weight_pack": (None, (_p, _p, _n, _n, _i, _i)),
+    "weight_unpack": (None, (_p, _p, _n, _n, _i, _i)),
+    "linear": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _i, _i, _i)),
+    "embedding": (None, (_p, _n, _p, _p, _i, _p, _n, _n, _i, _i)),
+    "attention_decode": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), ctypes.c_float, _i)),
+}
+_Strides = _n * 8
+
+
+class BuildError(OSError):
+    """The C kernels cannot be had on this machine; the message is one clause that says why."""
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+def load() -> "CpuKernels":
+    """The kernels: from the cache folder, else compiled now, with OpenMP if a compiler has it. Raises BuildError."""
+    folder = cache_folder()
+    compilers = find_compilers()
+    if not compilers:
+        wanted = os.environ.get("CC")
+        kernels = folder and _load_cached(folder, f"kernels-{_source_key()}-", "compiled earlier")
+        if kernels:
+            return kernels
+        raise BuildError(
+            f"the C compiler that CC names does not work: {wanted}"
+            if wanted
+            else "there is no C compiler: install gcc or clang, or name one in CC"
+        )
+    remark, problem = "", None
+    for openmp in (True, False):
+        for compiler, version in compilers.items():
+            try:
+                return _load_or_compile(folder, compiler, version, openmp, remark)
+            except _NoOpenMPError as error:
+                logger.debug("%s: no OpenMP: %s", compiler[0], error)
+                remark = remark or f", one thread only as it has no OpenMP: {OPENMP_ADVICE}"
+            except OSError as error:  # BuildError, or a full disk
+                remark = remark or f", one thread only: {error}"
+                problem = problem or error
+    raise BuildError(str(problem)) from problem
+
+
+class _NoOpenMPError(Exception):
+    pass
+
+
+def cache_folder() -> Path | None:
+    """Where libraries are kept: CHATGLM_KERNELS_CACHE, else in the user's cache folder; None without a home."""
+    chosen = os.environ.get("CHATGLM_KERNELS_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    variable, fallback = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}.get(
+        sys.platform, ("XDG_CACHE_HOME", ".cache")
+    )
+    try:
+        return Path(os.environ.get(variable) or Path.home() / fallback) / "chatglm"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def find_compilers() -> dict[tuple[str, ...], str]:
+    """The C compilers that work, best first: command -> what it says about its version.
+
+    CC, if set, is the only one. gcc comes first because its OpenMP shares torch's threads on Linux; with another one's,
+    two sets of threads compete for the processor.
+    """
+    chosen = os.environ.get("CC")
+    found = {}
+    for name in [chosen] if chosen else ["gcc", "cc", "clang"]:
+        command = tuple(shlex.split(name, posix=sys.platform != "win32"))
+        program = command and shutil.which(command[0])
+        if not program or _is_apple_placeholder(program):
+            continue
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                version = _run((*command, "--version"), folder, 20)
+        except BuildError as error:
+            logger.debug("%s", error)
+            continue
+        # cc is gcc or clang under another name, which is the first word of what it says.
+        if version.partition(" ")[2] not in [other.partition(" ")[2] for other in found.values()]:
+            found[command] = version
+    return found
+
+
+def _is_apple_placeholder(program: str) -> bool:
+    """Whether a compiler would only open a window that offers to install Apple's developer tools."""
+    if sys.platform != "darwin" or not program.startswith("/usr/bin/"):
+        return False
+    return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0
+
+
+def _openmp_flags() -> list[str]:
+    if sys.platform != "darwin":
+        return ["-fopenmp"]
+    # Apple's clang has no OpenMP library. The one inside torch must serve: a second copy would end the process.
+    library = Path(torch.__file__).parent / "lib" / "libomp.dylib"
+    headers = [f"-I{root}/opt/libomp/include" for root in ("/opt/homebrew", "/usr/local")]
+    return ["-Xpreprocessor", "-fopenmp", *headers, str(library), f"-Wl,-rpath,{library.parent}"]
+
+
+def _source_key() -> str:
+    sources = [(FOLDER / name).read_bytes() for name in SOURCES]
+    return _digest(f"{sys.platform} {platform.machine()}".encode(), *sources)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _load_or_compile(folder, compiler, version, openmp, remark) -> "CpuKernels":
+    flags = [*FLAGS, *(_openmp_flags() if openmp else [])]
+    prefix = f"kernels-{_source_key()}-{_digest(version.encode(), ' '.join(flags).encode())}-"
+    title = version.splitlines()[0] if version else compiler[0]
+    kernels = folder and _load_cached(folder, prefix, f"compiled earlier by {title}{remark}")
+    if kernels:
+        return kernels
+    # Compiled elsewhere, so that the cache folder never holds half a library; after loading, the copy may go.
+    with tempfile.TemporaryDirectory(prefix="chatglm-kernels-", ignore_cleanup_errors=True) as temporary:
+        if openmp:
+            try:
+                probe = Path(temporary, "probe.c")
+                probe.write_text(OPENMP_PROBE)
+                _run((*compiler, str(probe), "-o", str(Path(temporary, "probe" + SUFFIX)), *flags), temporary, 60)
+            except BuildError as error:
+                raise _NoOpenMPError(str(error)) from error
+        logger.info("compiling the CPU kernels with %s", title)
+        library = Path(temporary, "kernels" + SUFFIX)
+        sources = [str(FOLDER / name) for name in SOURCES if name.endswith(".c")]
+        _run((*compiler, *sources, "-o", str(library), *flags, "-lm"), temporary, COMPILE_SECONDS)
+        if not library.exists():
+            raise BuildError(f"{compiler[0]} made no library")
+        name = f"{prefix}{_digest(library.read_bytes())}{SUFFIX}"
+        try:
+            kept = _keep(library, folder, name)
+            return CpuKernels(kept, f"compiled by {title}{remark}", kept)
+        except OSError as error:  # not writable, full, or programs may not run from there
+            logger.debug("cannot keep the compiled kernels in %s: %s", folder, error)
+            remark += f", again at each start as {folder or 'a user without a home'} cannot keep them: {CACHE_ADVICE}"
+        try:
+            return CpuKernels(library, f"compiled by {title}{remark}", None)
+        except OSError as error:
+            raise BuildError(f"the library that {compiler[0]} made does not load: {_clause(str(error))}") from error
+
+
+def _keep(library: Path, folder: Path | None, name: str) -> Path:
+    """Copy a library into the cache folder; other processes see all of it or nothing. Raises OSError."""
+    if folder is None:
+        raise FileNotFoundError("no home folder")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(library.read_bytes())
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, folder / name)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return folder / name
+
+
+def _load_cached(folder: Path, prefix: str, reason: str) -> "CpuKernels | None":
+    for path in sorted(folder.glob(f"{prefix}*{SUFFIX}")):
+        try:
+            if path.stem.endswith("-" + _digest(path.read_bytes())):
+                return CpuKernels(path, reason, path)
+        except OSError as error:
+            logger.debug("%s does not load: %s", path, error)
+    return None
+
+
+def _run(command, folder: str, seconds: float) -> str:
+    """What a program prints. Raises BuildError if it fails or takes longer than seconds; it leaves nothing running."""
+    log = Path(folder, "output.txt")
+    with log.open("wb") as output:  # a file, not a pipe: what a killed compiler has started may hold a pipe open
+        try:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BuildError(f"{command[0]} does not start: {error}") from error
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{command[0]} was not ready after {seconds} s") from None
+        finally:
+            if process.poll() is None:
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.wait()
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    if process.returncode:
+        logger.debug("%s\n%s", shlex.join(command), text)
+        raise BuildError(f"{command[0]} failed: {_clause(text) or f'exit code {process.returncode}'}")
+    return text
+
+
+def _clause(text: str) -> str:
+    """The first line of a compiler's output that names an error, without folders, at most 200 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    return line.replace(f"{FOLDER}{os.sep}", "")[:200]
+
+
+# Calling --------------------------------------------------------------------------------------------------------------
+
+
+class CpuKernels:
+    """A loaded library. Tensors are on the CPU; results are new tensors without gradients.
+
+    name     what it is: "C kernels, AVX-512 VNNI"
+    reason   why it was taken, one clause
+    path     the library in the cache folder, None if it could not be kept
+
+    Weights in the methods below are int8 [out, in * bits // 8] with bits 4 or 8, in the order that `pack` gives them,
+    and scales are float16 or float32 [out]. Wrong shapes and dtypes raise ValueError.
+    """
+
+    def __init__(self, library: Path, reason: str, path: Path | None):
+        """Load a library. Raises OSError if it does not load or is not ours."""
+        # winmode 0: Windows then looks for the OpenMP library of the compiler on the PATH.
+        self.library = ctypes.CDLL(str(library), winmode=0)
+        try:
+            for name, (result, arguments) in SIGNATURES.items():
+                function = getattr(self.library, name)
+                function.restype, function.argtypes = result, arguments
+        except AttributeError as error:
+            raise OSError(f"{library} is not a library of these kernels") from error
+        self._linear, self._attention = self.library.linear, self.library.attention_decode
+        self.reason, self.path = reason, path
+
+    @property
+    def name(self) -> str:
+        return f"C kernels, {VARIANTS[self.variant]}" + ("" if self.library.kernels_openmp() else ", one thread")
+
+    @property
+    def variant(self) -> str:
+        """The form of the kernels for this processor: "avx512_vnni", "avx2" or "plain"; tests may set a lower one."""
+        return self.library.kernels_variant().decode()
+
+    @variant.setter
+    def variant(self, name: str) -> None:
+        if self.library.kernels_set_variant(name.encode()):
+            raise ValueError(f"this processor has no {name} kernels, or there is no such form")
+
+    def supports(self, out_features: int, in_features: int, bits: int) -> bool:
+        """Whether these kernels can multiply by such a matrix."""
+        return bits == 8 or (bits == 4 and in_features % 2 == 0)
+
+    def pack(self, weight: torch.Tensor, bits: int) -> torch.Tensor:
+        """Published bytes int8 [out, in * bits // 8] in the order of the kernels, same shape."""
+        return self._reorder(self.library.weight_pack, weight, bits)
+
+    def unpack(self, packed: torch.Tensor, bits: int) -> torch.Tensor:
+        """The published bytes again, exactly."""
+        return self._reorder(self.library.weight_unpack, packed, bits)
+
+    def _reorder(self, function, weight, bits):
+        columns = _columns(weight, bits)
+        result = torch.empty_like(weight, requires_grad=False)
+        function(weight.data_ptr(), result.data_ptr(), weight.shape[0], columns, bits, torch.get_num_threads())
+        return result
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        bits: int,
+        activations: str = "int8",
+    ) -> torch.Tensor:
+        """x [..., in] times the dequantised matrix, plus bias [out]: [..., out] in the dtype of x, computed in float32.
+
+        activations   "int8": x is rounded to 8 bits in groups of 128 columns; "bf16": to bfloat16
+        """
+        # A model calls this some hundred times per token: every torch operation here costs a microsecond each time.
+        columns = _columns(packed, bits)
+        out = packed.shape[0]
+        shape = x.shape
+        if not shape or shape[-1] != columns or not x.is_cpu:
+            raise ValueError(f"x must be [..., {columns}] on the CPU, got {list(shape)} on {x.device}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be int8 or bf16, got {activations}")
+        rows = x.numel() // columns if columns else 0
+        scale_type = _scale_type(scale, out)
+        if bias is not None:
+            if bias.shape != (out,):
+                raise ValueError(f"bias must be [{out}], got {list(bias.shape)}")
+            bias = _float32(bias)
+        values = _float32(x)
+        y = values.new_empty(*shape[:-1], out)
+        failed = self._linear(
+            values.data_ptr(),
+            packed.data_ptr(),
+            scale.data_ptr(),
+            scale_type,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            columns,
+            out,
+            bits,
+            ACTIVATIONS[activations],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory to multiply {rows} rows of {columns} values")
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def embedding(self, ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+        """Rows ids [...] (int64 or int32) of the dequantised matrix: float32 [..., in]. Raises IndexError beyond it."""
+        columns = _columns(packed, bits)
+        scale_type = _scale_type(scale, packed.shape[0])
+        ids = ids.to("cpu", torch.int64).contiguous()
+        y = torch.empty(*ids.shape, columns, dtype=torch.float32, device="cpu")
+        if ids.numel():
+            lowest, highest = (int(value) for value in torch.aminmax(ids))
+            if lowest < 0 or highest >= packed.shape[0]:
+                raise IndexError(f"ids must be from 0 to {packed.shape[0] - 1}, got {lowest} to {highest}")
+            self.library.embedding(
+                ids.data_ptr(),
+                ids.numel(),
+                packed.data_ptr(),
+                scale.data_ptr(),
+                scale_type,
+                y.data_ptr(),
+                packed.shape[0],
+                columns,
+                bits,
+                torch.get_num_threads(),
+            )
+        return y
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """softmax(query . key * scaling) . value for one query per head: float32 [batch, 1, heads, head_dim].
+
+        query        float32 [batch, heads, 1, head_dim]
+        key, value   [batch, heads, kv_len, head_dim], float32, float16 or bfloat16, read where they are
+        mask         bool [batch, 1, 1, kv_len] or [batch, 1, kv_len], True = visible; None = all
+        """
+        batch, heads, queries, dim = query.shape
+        length = key.shape[2]
+        if queries != 1 or key.shape != (batch, heads, length, dim) or value.shape != key.shape or not length:
+            raise ValueError(
+                f"query must be [batch, heads, 1, head_dim], key and value the same with at least one position, got "
+                f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+            )
+        if query.dtype is not torch.float32 or key.dtype not in FLOAT_TYPES or value.dtype is not key.dtype:
+            raise ValueError(
+                f"query must be float32, key and value both float32, float16 or bfloat16, got {query.dtype}, "
+                f"{key.dtype} and {value.dtype}"
+            )
+        if not (query.is_cpu and key.is_cpu and value.is_cpu):
+            raise ValueError(f"tensors must be on the CPU, got {query.device}, {key.device} and {value.device}")
+        query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        if mask is not None:
+            if mask.dtype is not torch.bool or not mask.is_cpu or mask.numel() != batch * length:
+                raise ValueError(
+                    f"mask must be bool [{batch}, 1, 1, {length}] on the CPU, got {mask.dtype} {list(mask.shape)}"
+                )
+            mask = mask.contiguous()
+        q, k, v = query.stride(), key.stride(), value.stride()
+        y = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device="cpu")
+        failed = self._attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            FLOAT_TYPES[key.dtype],
+            None if mask is None else mask.data_ptr(),
+            y.data_ptr(),
+            batch,
+            heads,
+            length,
+            dim,
+            _Strides(q[0], q[1], k[0], k[1], k[2], v[0], v[1], v[2]),
+            scaling,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for attention over {length} positions")
+        return y
+
+
+def _columns(weight: torch.Tensor, bits: int) -> int:
+    """The width of the matrix that stored bytes stand for. Raises ValueError if they are not what the kernels read."""
+    if bits not in (4, 8) or weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.is_cpu:
+        raise ValueError(
+            f"weights must be int8 [out, bytes] on the CPU with 4 or 8 bits, got {weight.dtype} {list(weight.shape)} "
+            f"on {weight.device} with {bits} bits"
+        )
+    if not weight.is_contiguous():
+        raise ValueError("weights must be contiguous")
+    return weight.shape[1] * 8 // bits
+
+
+def _scale_type(scale: torch.Tensor, out: int) -> int:
+    if scale.shape != (out,) or scale.dtype not in (torch.float32, torch.float16) or not scale.is_contiguous():
+        raise ValueError(f"scales must be contiguous float16 or float32 [{out}], got {scale.dtype} {list(scale.shape)}")
+    return FLOAT_TYPES[scale.dtype]
+
+
+def _float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
