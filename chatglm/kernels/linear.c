@@ -141,18 +141,25 @@ INLINE void unpack_lane(const uint8_t *lane, uint8_t *published, int bits) {
 
 INLINE void pack_tile(const Layout *layout, const uint8_t *weight, uint8_t *tile, const int bits) {
     int64_t steps = layout->whole_steps, tail = layout->row_bytes - 4 * steps;
-    for (int64_t step = 0; step < steps; step++)
+    /* A cache line of a row at a time: its rows, thousands of bytes apart, would push each other out of the cache. */
+    for (int64_t first = 0; first < steps; first += 16) {
+        int64_t end = first + 16 < steps ? first + 16 : steps;
         for (int lane = 0; lane < LANES; lane++)
-            pack_lane(weight + lane * layout->row_bytes + 4 * step, tile + step * STEP_BYTES + 4 * lane, bits);
+            for (int64_t step = first; step < end; step++)
+                pack_lane(weight + lane * layout->row_bytes + 4 * step, tile + step * STEP_BYTES + 4 * lane, bits);
+    }
     for (int lane = 0; lane < LANES; lane++)
         memcpy(tile + steps * STEP_BYTES + lane * tail, weight + lane * layout->row_bytes + 4 * steps, (size_t)tail);
 }
 
 INLINE void unpack_tile(const Layout *layout, const uint8_t *tile, uint8_t *weight, const int bits) {
     int64_t steps = layout->whole_steps, tail = layout->row_bytes - 4 * steps;
-    for (int64_t step = 0; step < steps; step++)
+    for (int64_t first = 0; first < steps; first += 16) {
+        int64_t end = first + 16 < steps ? first + 16 : steps;
         for (int lane = 0; lane < LANES; lane++)
-            unpack_lane(tile + step * STEP_BYTES + 4 * lane, weight + lane * layout->row_bytes + 4 * step, bits);
+            for (int64_t step = first; step < end; step++)
+                unpack_lane(tile + step * STEP_BYTES + 4 * lane, weight + lane * layout->row_bytes + 4 * step, bits);
+    }
     for (int lane = 0; lane < LANES; lane++)
         memcpy(weight + lane * layout->row_bytes + 4 * steps, tile + steps * STEP_BYTES + lane * tail, (size_t)tail);
 }
