@@ -245,6 +245,8 @@ def load_weights(
     for path in dict.fromkeys(files.values()):
         logger.info("reading %s", path)
         names = [name for name, file in files.items() if file == path and not name.startswith(skipped)]
+        # The largest first: what they need while they are read then comes on top of an empty network.
+        names.sort(key=lambda name: not name.startswith((EMBEDDING, HEAD)))
         for name, stored in _read_tensors(path, names):
             own_dtype = dtype
             if name.startswith(PREFIX):

@@ -68,7 +68,7 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     cos, sin = cos.to(states.dtype), sin.to(states.dtype)
     parts = states.unflatten(-1, cos.shape[-2:])  # [..., batch, heads, seq_len, streams, head_dim // streams]
     first, second = parts.chunk(2, dim=-1)  # channel i turns with channel i + half, inside its part
-    return (parts * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+    return (parts * cos).addcmul_(torch.cat((-second, first), dim=-1), sin).flatten(-2)
 
 
 def eager_attention_forward(
@@ -183,7 +183,10 @@ class MLP(nn.Module):
         self.dense_4h_to_h = linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        inner = self.dense_h_to_4h(hidden_states)
+        # In place where nothing is learned: a second copy is 64 MiB for 1024 tokens of ChatGLM-6B.
+        gelu = nn.functional.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+        return self.dense_4h_to_h(gelu(inner, approximate="tanh"))
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 LAYERS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-ACTIVATIONS = ("int8", "bf16", "float32")
+ACTIVATIONS = ("int8", "int16", "bf16", "float32")
+# Below this width 8-bit activations change answers (benchmarks/README.md), and 16-bit ones cost little.
+NARROW = 2048
 # Matrix entries handled at a time, which bounds what a large matrix needs beside itself. On a CPU, blocks that stay in
 # its cache make the plain product of one row ten times as fast.
 BLOCK, CPU_BLOCK = 1 << 24, 1 << 20
@@ -189,14 +191,14 @@ class QuantizedModule(nn.Module):
 class QuantizedLinear(QuantizedModule, nn.Linear):
     """A linear layer with quantised weights.
 
-    activations says how the CPU kernels read the input: "int8" in groups of 128 columns, "bf16", or "float32", which
-    is no kernel but the plain product with the dequantised matrix, on every device.
+    activations says how the CPU kernels read the input: "int8" or "int16" with a scale for each 128 columns, "bf16", or
+    "float32", which is no kernel but the plain product with the dequantised matrix, on every device.
     """
 
     def __init__(self, in_features, out_features, bias=True, bits=8, device=None, dtype=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.activations = "int8"
+        self.activations = "int16" if in_features < NARROW else "int8"
         self._make_weight(out_features, in_features, bits, device, dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 

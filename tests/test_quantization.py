@@ -244,8 +244,9 @@ def test_prefix_encoder_takes_gradients_through_quantized_layers(no_kernels):
 
 def test_activations_are_checked_and_set_everywhere():
     model = small_model().quantize(8, quantize_embeddings=True)
-    with pytest.raises(ValueError, match="activations must be one of int8, bf16, float32, got fp8"):
+    with pytest.raises(ValueError, match="activations must be one of int8, int16, bf16, float32, got fp8"):
         set_activations(model, "fp8")
+    assert QuantizedLinear(2047, 4).activations == "int16" and QuantizedLinear(2048, 4).activations == "int8"
     set_activations(model, "bf16")
     modules = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(modules) == 9 and {module.activations for module in modules} == {"bf16"}

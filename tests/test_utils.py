@@ -83,7 +83,7 @@ def test_defaults_are_the_published_ones():
         "dtype": None,
         "quantization_bit": None,
         "embedding_bit": None,
-        "activations": "int8",
+        "activations": None,
         "num_gpus": None,
         "device_map": None,
     }
@@ -363,7 +363,7 @@ def test_kernels_line_tells_what_computes_and_why(monkeypatch):
         ({"quantization_bit": 5}, r"4 or 8 bits, got 5"),
         ({"embedding_bit": 8}, r"embedding_bit is for a model whose layers are quantised: add quantization_bit 4 or 8"),
         ({"quantization_bit": 4, "embedding_bit": 3}, r"embedding_bit must be 4, 8, 16 or None, got 3"),
-        ({"activations": "int4"}, r"activations must be one of int8, bf16, float32, got int4"),
+        ({"activations": "int4"}, r"activations must be one of int8, int16, bf16, float32, got int4"),
         ({"device": "cpu", "num_gpus": 2}, r"device, num_gpus and device_map each say where the model goes: give one"),
     ],
 )

@@ -39,7 +39,7 @@ OPENMP_ADVICE = {
 CACHE_ADVICE = "set CHATGLM_KERNELS_CACHE to a folder that can"
 OPENMP_PROBE = "#include <omp.h>\nint probe(void) {\n#pragma omp parallel\n{}\nreturn omp_get_max_threads();\n}\n"
 VARIANTS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2", "plain": "plain C"}
-ACTIVATIONS = {"int8": 0, "bf16": 1}
+ACTIVATIONS = {"int8": 0, "bf16": 1, "int16": 2}
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _p, _i, _n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -330,7 +330,7 @@ class CpuKernels:
     ) -> torch.Tensor:
         """x [..., in] times the dequantised matrix, plus bias [out]: [..., out] in the dtype of x, computed in float32.
 
-        activations   "int8": x is rounded to 8 bits in groups of 128 columns; "bf16": to bfloat16
+        activations   "int8": x is rounded to 8 bits in groups of 128 columns; "int16": to 15; "bf16": to bfloat16
         """
         # A model calls this some hundred times per token: every torch operation here costs a microsecond each time.
         columns = _columns(packed, bits)
@@ -339,7 +339,7 @@ class CpuKernels:
         if not shape or shape[-1] != columns or not x.is_cpu:
             raise ValueError(f"x must be [..., {columns}] on the CPU, got {list(shape)} on {x.device}")
         if activations not in ACTIVATIONS:
-            raise ValueError(f"activations must be int8 or bf16, got {activations}")
+            raise ValueError(f"activations must be int8, int16 or bf16, got {activations}")
         rows = x.numel() // columns if columns else 0
         scale_type = _scale_type(scale, out)
         if bias is not None:

@@ -933,12 +933,9 @@ static void two_tiles(const Job *job, int64_t first, int level, int is_int8, uin
 #endif
 }
 
-/* linear: y = x @ (w * scale).T + bias.
- *   x [rows, in] float32;  tiles: weight_pack's, [out, in * bits / 8];  scale [out] of scale_type;  bias [out] or NULL;
- *   y [rows, out] float32, not overlapping x;  bits 4 or 8;  activations 0 = int8, 1 = bf16
- * Returns 0, or -1 if there is no memory (y is untouched then). */
-int linear(const float *x, const int8_t *tiles, const void *scale, int scale_type, const float *bias, float *y,
-           int64_t rows, int64_t in, int64_t out, int bits, int activations, int threads) {
+/* int8 and bf16 activations; arguments as in linear. */
+static int linear_direct(const float *x, const int8_t *tiles, const void *scale, int scale_type, const float *bias,
+                         float *y, int64_t rows, int64_t in, int64_t out, int bits, int activations, int threads) {
     const int level = kernels_level(), is_int8 = activations == 0, tokens = block_tokens(rows, level, is_int8);
     const int64_t most = rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE, blocks = (most + tokens - 1) / tokens;
     const int64_t groups = (in + GROUP - 1) / GROUP, pairs = (out + 2 * LANES - 1) / (2 * LANES);
@@ -980,4 +977,56 @@ int linear(const float *x, const int8_t *tiles, const void *scale, int scale_typ
     }
     free(memory);
     return 0;
+}
+
+/* One row of x = high + low: high is what int8 activations stand for, so rounding it once more changes nothing. */
+static void split_row(const float *x, float *high, float *low, int64_t in) {
+    for (int64_t first = 0; first < in; first += GROUP) {
+        int64_t end = first + GROUP < in ? first + GROUP : in;
+        uint32_t most = 0;
+        for (int64_t i = first; i < end; i++) {
+            uint32_t bits = bits_from_float(x[i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float factor, scale = scale_for(float_from_bits(most), &factor);
+        for (int64_t i = first; i < end; i++) {
+            high[i] = rintf(x[i] * factor) * scale;
+            low[i] = x[i] - high[i];
+        }
+    }
+}
+
+/* int16 activations: the two terms of a row of x are two rows for linear_direct. */
+static int linear_two_terms(const float *x, const int8_t *tiles, const void *scale, int scale_type, const float *bias,
+                            float *y, int64_t rows, int64_t in, int64_t out, int bits, int threads) {
+    const int64_t most = rows < ROWS_AT_ONCE / 2 ? rows : ROWS_AT_ONCE / 2;
+    float *terms = malloc((size_t)(2 * most * (in + out)) * sizeof *terms + 1);
+    int failed = !terms;
+    for (int64_t first = 0; first < rows && !failed; first += most) {
+        const int64_t count = rows - first < most ? rows - first : most;
+        float *products = terms + 2 * count * in;
+        OMP(omp parallel for num_threads(threads) if (count > 4))
+        for (int64_t row = 0; row < count; row++)
+            split_row(x + (first + row) * in, terms + 2 * row * in, terms + (2 * row + 1) * in, in);
+        failed = linear_direct(terms, tiles, scale, scale_type, NULL, products, 2 * count, in, out, bits, 0, threads);
+        if (failed) break;
+        OMP(omp parallel for num_threads(threads) if (count > 4))
+        for (int64_t row = 0; row < count; row++)
+            for (int64_t i = 0; i < out; i++)
+                y[(first + row) * out + i] =
+                    products[2 * row * out + i] + products[(2 * row + 1) * out + i] + (bias ? bias[i] : 0);
+    }
+    free(terms);
+    return failed ? -1 : 0;
+}
+
+/* linear: y = x @ (w * scale).T + bias.
+ *   x [rows, in] float32;  tiles: weight_pack's, [out, in * bits / 8];  scale [out] of scale_type;  bias [out] or NULL;
+ *   y [rows, out] float32, not overlapping x;  bits 4 or 8;  activations 0 = int8, 1 = bf16, 2 = int16
+ * Returns 0, or -1 if there is no memory (y is not complete then). */
+int linear(const float *x, const int8_t *tiles, const void *scale, int scale_type, const float *bias, float *y,
+           int64_t rows, int64_t in, int64_t out, int bits, int activations, int threads) {
+    if (activations == 2)
+        return linear_two_terms(x, tiles, scale, scale_type, bias, y, rows, in, out, bits, threads);
+    return linear_direct(x, tiles, scale, scale_type, bias, y, rows, in, out, bits, activations, threads);
 }

@@ -97,7 +97,7 @@ def _blocks(out_features: int):
 class TorchPacked:
     """The interface of `cpu.CpuKernels` with torch's operators; there is no attention.
 
-    x is rounded to bfloat16 for up to 32 rows and kept in float32 beyond, whatever `activations` says.
+    x is rounded to bfloat16 for up to 32 rows and kept in float32 beyond, or if activations are to be "int16".
     """
 
     attention = None
@@ -142,7 +142,7 @@ class TorchPacked:
     def linear(self, x, packed, scale, bias, bits, activations="int8"):
         """x [..., in] times the dequantised matrix, plus bias [out]: [..., out] in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > FEW_ROWS:
+        if len(rows) > FEW_ROWS or activations == "int16":
             y = self._many_rows(rows.float(), packed, bits)
         elif bits == 8:
             ones = scale.new_ones(len(packed), dtype=torch.bfloat16)

@@ -62,7 +62,7 @@ static void run_linear(int64_t rows, int64_t in, int64_t out, int bits, int thre
     check(!memcmp(weight, again, bytes), "unpack", out, in, 0, bits);
     for (int type = TYPE_FLOAT32; type <= TYPE_FLOAT16; type++) {
         void *scale = scales(out, type);
-        for (int activations = 0; activations < 2; activations++) {
+        for (int activations = 0; activations < 3; activations++) {
             const float *some_bias = (type + activations) % 2 ? bias : NULL;
             if (linear(x, tiles, scale, type, some_bias, y, rows, in, out, bits, activations, threads)) exit(2);
             for (int64_t row = 0; row < rows; row++) {
@@ -74,7 +74,8 @@ static void run_linear(int64_t rows, int64_t in, int64_t out, int bits, int thre
                         double value = x[row * in + i], w = weight_at(weight, o, i, in, bits);
                         sum += value * w;
                         size += fabs(value * w);
-                        bound += fabs(w) * (activations ? fabs(value) / 256 : largest[i / 128] / 254);
+                        double step[] = {largest[i / 128] / 127, fabs(value) / 128, largest[i / 128] / (127 * 254)};
+                        bound += fabs(w) * step[activations] / 2;
                     }
                     double s = scale_at(scale, o, type), start = some_bias ? some_bias[o] : 0;
                     double error = fabs(y[row * out + o] - (sum * s + start));
