@@ -5,6 +5,8 @@ Importing this file is instant: torch and transformers are imported when a model
 """
 
 import argparse
+import copy
+import math
 import os
 import re
 import shlex
@@ -13,12 +15,10 @@ import sys
 import tempfile
 import time
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent / "chatglm" / "tiny")
@@ -26,12 +26,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes per parameter
 ACTIVATIONS = ("int8", "int16", "bf16", "float32")
 SMALL_MODEL = 100_000_000  # parameters
 CONTEXT = 2048  # tokens of prompt + answer that memory is planned for
-EMBEDDING, PREFIX, NORM, HEAD = (
-    "transformer.word_embeddings",
-    "transformer.prefix_encoder",
-    "transformer.final_layernorm",
-    "lm_head",
-)
+EMBEDDING, NORM, HEAD = "transformer.word_embeddings", "transformer.final_layernorm", "lm_head"
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -124,8 +119,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict:
     """The keyword arguments of `load_model` that the flags stand for."""
-    names = ["model_name_or_path", "revision", "device", "dtype", "quantization_bit", "embedding_bit", "activations"]
-    return {name: getattr(args, name) for name in [*names, "num_gpus", "device_map"]}
+    names = "model_name_or_path revision device dtype quantization_bit embedding_bit activations num_gpus device_map"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -285,6 +280,16 @@ def default_dtypes(device: str, num_parameters: int, quantised: bool = False) ->
     return ("bfloat16",) if native_bfloat16() else ("float32", "bfloat16")
 
 
+def forms(checkpoint, device: str) -> list[tuple[str, str, int | None]]:
+    """The forms a checkpoint can be loaded in on a device: name, dtype and quantization_bit of each, largest first."""
+    stored, count = checkpoint.config.quantization_bit, checkpoint.num_parameters
+    quantised = default_dtypes(device, count, quantised=True)[0]
+    if stored:
+        return [(f"INT{stored}", quantised, None)]
+    floats = [(dtype, dtype, None) for dtype in default_dtypes(device, count)]
+    return floats + [(f"INT{bits}", quantised, bits) for bits in (8, 4)]
+
+
 def choose_device(
     checkpoint,
     device: str,
@@ -292,7 +297,7 @@ def choose_device(
     quantization_bit: int | None,
     embedding_bit: int | None,
     devices: list[str],
-    free: Callable[[str], int],
+    free: Callable[[str], float],
 ) -> tuple[str, str, str]:
     """Device and dtype for a checkpoint, and the reason if they are not the first choice (else "").
 
@@ -302,36 +307,34 @@ def choose_device(
     devices           the devices that exist, best first
     free              device -> bytes free on it
 
-    Raises ValueError if the device does not exist, MemoryError if no choice fits, naming what would.
+    Raises MemoryError if no choice fits, naming what would.
     """
-    count, stored = checkpoint.num_parameters, checkpoint.config.quantization_bit
-
-    def options(places, bits, dtype):
-        """Place, number format, bytes needed and bytes free of everything to try."""
-        beside = embedding_bit if bits or stored else None
-        for place in places:
-            for format_ in (dtype,) if dtype else default_dtypes(place, count, bool(bits or stored)):
-                yield place, format_, memory_needs(checkpoint, place, format_, bits, beside).total, free(place)
-
+    stored, count = checkpoint.config.quantization_bit, checkpoint.num_parameters
+    quantised = quantization_bit or stored
     wanted = devices if device == "auto" else [device]
     rejected = []
-    for place, format_, need, room in options(wanted, quantization_bit, dtype):
-        if need <= room:
-            return place, format_, "; ".join(rejected)
-        form = f"INT{quantization_bit or stored}" if quantization_bit or stored else format_
-        rejected.append(f"{form} on {place} needs {need / 1e9:.1f} GB, {max(room, 0) / 1e9:.1f} GB are free")
+    for place in wanted:
+        for format_ in (dtype,) if dtype else default_dtypes(place, count, bool(quantised)):
+            need, room = memory_needs(checkpoint, place, format_, quantization_bit, embedding_bit).total, free(place)
+            if need <= room:
+                return place, format_, "; ".join(rejected)
+            form = f"INT{quantised}" if quantised else format_
+            rejected.append(f"{form} on {place} needs {need / 1e9:.1f} GB, {max(room, 0) / 1e9:.1f} GB are free")
 
     # What would fit: another number format, fewer bits, or another device.
-    others = [place for place in devices if place not in wanted]
-    all_bits = [quantization_bit, *(bits for bits in (8, 4) if not stored and bits < (quantization_bit or 16))]
-    advice = "close other programs, or add --device_map auto, which leaves a part on disk and is slow"
-    for places, bits in [*((wanted, bits) for bits in all_bits), *((others, bits) for bits in all_bits)]:
-        fitting = [(place, format_) for place, format_, need, room in options(places, bits, None) if need <= room]
-        if fitting:
-            place, format_ = fitting[0]
-            flags = [f"--device {place}"] * (device != "auto") + [f"--dtype {format_}"] * (dtype not in (None, format_))
-            advice = " ".join([*flags, *[f"--quantization_bit {bits}"] * (bits is not None), "would fit"])
-            break
+    fitting = [
+        (place, format_, bits)
+        for place in [*wanted, *(place for place in devices if place not in wanted)]
+        for _, format_, bits in forms(checkpoint, place)
+        if (stored or (bits or 16) <= (quantization_bit or 16))
+        and memory_needs(checkpoint, place, format_, bits, embedding_bit).total <= free(place)
+    ]
+    change = "add" if device == "auto" else f"replace --device {device} by"
+    advice = f"close other programs, or {change} --device_map auto, which leaves a part on disk and is slow"
+    if fitting:
+        place, format_, bits = fitting[0]
+        flags = [f"--device {place}"] * (device != "auto") + [f"--dtype {format_}"] * (dtype not in (None, format_))
+        advice = " ".join([*flags, *[f"--quantization_bit {bits}"] * bool(bits), "would fit"])
     raise MemoryError(f"too little memory for {count / 1e9:.1f} B parameters: {'; '.join(rejected)}: {advice}")
 
 
@@ -426,23 +429,16 @@ def auto_configure_device_map(num_gpus: int, model=None) -> dict[str, int]:
     if not 1 <= num_gpus <= len(layers):
         raise ValueError(f"a model of {len(layers)} layers can be split over 1 to {len(layers)} GPUs, got {num_gpus}")
     rest = sum(size for name, size in sizes.items() if name not in layers)
-    sums = [0, *accumulate(sizes[name] for name in layers)]
+    layer = sizes[layers[0]]  # they are all alike
+    others = num_gpus - 1
 
-    @lru_cache(None)
-    def split(start: int, gpus: int) -> tuple[int, tuple[int, ...]]:
-        """Bytes of the fullest and end of the run of each of `gpus` GPUs that share the layers from start on."""
-        if gpus == 1:
-            return sums[-1] - sums[start], (len(layers),)
-        tails = ((end, *split(end, gpus - 1)) for end in range(start + 1, len(layers) - gpus + 2))
-        return min((max(sums[end] - sums[start], fullest), (end, *ends)) for end, fullest, ends in tails)
+    def fullest(first: int) -> int:
+        """Bytes of the fullest GPU when GPU 0 takes the first layers and the others share those behind."""
+        return max(rest + first * layer, math.ceil((len(layers) - first) / others) * layer)
 
-    # GPU 0 holds the rest as well, and may do without layers.
-    firsts = [len(layers)] if num_gpus == 1 else range(len(layers) - num_gpus + 2)
-    splits = {first: split(first, num_gpus - 1) if num_gpus > 1 else (0, ()) for first in firsts}
-    first = min(splits, key=lambda first: max(rest + sums[first], splits[first][0]))
-    ends = (first, *splits[first][1])
-    gpu_of = {name: bisect_right(ends, index) for index, name in enumerate(layers)}
-    return {name: gpu_of.get(name, 0) for name in sizes}
+    first = min(range(len(layers) - others + 1), key=fullest) if others else len(layers)
+    behind = {name: 1 + index * others // (len(layers) - first) for index, name in enumerate(layers[first:])}
+    return {name: behind.get(name, 0) for name in sizes}
 
 
 def fill_device_map(sizes: Mapping[str, int], room: Mapping[str, float]) -> dict[str, str]:
@@ -531,13 +527,11 @@ def _load_split(checkpoint, device_map: dict[str, str], offload_folder, *options
 
     from chatglm.checkpoint import load_weights
 
-    on_disk = [name for name, place in device_map.items() if place == "disk"]
-    groups = [
-        [name for name in device_map if device_map[name] == place] for place in dict.fromkeys(device_map.values())
-    ]
-    groups = [group for group in groups if group != on_disk] + [[name] for name in on_disk]
+    groups: dict[str, list[str]] = {}  # what is read together: all for a device, one layer for the disk
+    for name, place in device_map.items():
+        groups.setdefault(name if place == "disk" else place, []).append(name)
     model, folder, index = None, None, {}
-    for names in groups:  # the first one has the embedding
+    for names in groups.values():  # the first one has the embedding
         place = device_map[names[0]]
         prefixes = tuple(f"{name}." for name in names)
         files = {tensor: path for tensor, path in checkpoint.files.items() if tensor.startswith(prefixes)}
@@ -599,8 +593,8 @@ def load_model(
                         is read; None = as the checkpoint is
     embedding_bit       bits of embedding and head beside quantised layers, 4, 8 or 16 (floats); None = as the
                         checkpoint is, but 8 on a CPU
-    activations         how CPU kernels read the input of a quantised layer: "int8", "int16", "bf16" or "float32" (exact,
-                        slow); None = "int8", and "int16" for narrow layers
+    activations         how CPU kernels read the input of a quantised layer: "int8", "int16", "bf16" or "float32"
+                        (exact, slow); None = "int8", and "int16" for layers narrower than 2048
     num_gpus            split over that many GPUs by `auto_configure_device_map`
     device_map          "auto" fills GPUs, then main memory, then the disk; or a map, see `expand_device_map`
     offload_folder      where layers for the disk are written, until the model goes; None = ~/.cache/chatglm
@@ -656,13 +650,13 @@ def load_model(
     facts = [
         f"loaded {model_title(model)}",
         f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters",
-        _form(model.config, dtype),
+        _form(model, dtype),
         f"{sum(parameter.nbytes for parameter in model.parameters()) / 1e9:.2f} GB",
         _where(places),
         f"{time.monotonic() - started:.1f} s",
     ]
     print("   ".join(facts + [f"({reason})"] * bool(reason)), file=sys.stderr)
-    if model.config.quantization_bit and "cpu" in places.values():
+    if model.config.quantization_bit and device == "cpu":  # layers in main memory beside a GPU are computed on the GPU
         print(f"kernels: {cpu_kernels()}", file=sys.stderr)
     return model, tokenizer
 
@@ -674,9 +668,8 @@ def load_model_on_gpus(
 
     Raises ValueError if there are fewer GPUs, more GPUs than layers, or a map that does not fit the model.
     """
-    if device_map is None:
-        return load_model(model_name_or_path, num_gpus=num_gpus, **options)[0]
-    return load_model(model_name_or_path, device_map=device_map, **options)[0]
+    where = {"num_gpus": num_gpus} if device_map is None else {"device_map": device_map}
+    return load_model(model_name_or_path, **where, **options)[0]
 
 
 def _offload_parent(folder: str | os.PathLike | None) -> Path:
@@ -699,11 +692,13 @@ def cpu_kernels() -> str:
     return f"{name}{threads} ({backend.reason})"
 
 
-def _form(config, dtype: str) -> str:
-    """How the weights of a model are held: "float16", "int4, embedding int8, float32"."""
-    bits, embedding_bits = config.quantization_bit, config.embedding_bits
-    names = [f"int{bits}"] * bool(bits) + [f"embedding int{embedding_bits}"] * (embedding_bits not in (0, bits))
-    return ", ".join([*names, dtype])
+def _form(model, dtype: str) -> str:
+    """How the weights of a model are held: "float16", "int8, float32", "int4, embedding int8, float32"."""
+    bits, embedding_bits = model.config.quantization_bit, model.config.embedding_bits
+    if embedding_bits == bits:
+        return f"int{bits}, {dtype}" if bits else dtype
+    floats = str(model.transformer.word_embeddings.weight.dtype).removeprefix("torch.")
+    return f"int{bits}, embedding {f'int{embedding_bits}' if embedding_bits else floats}, {dtype}"
 
 
 def _where(places: Mapping[str, str]) -> str:
@@ -728,72 +723,66 @@ def model_title(model) -> str:
 # Plan -----------------------------------------------------------------------------------------------------------------
 
 
-def plan_forms(checkpoint, device: str) -> list[tuple[str, str, int | None]]:
-    """The forms a checkpoint can be loaded in on a device: name, dtype and quantization_bit of each, largest first."""
-    stored, count = checkpoint.config.quantization_bit, checkpoint.num_parameters
-    forms = [] if stored else [(dtype, dtype, None) for dtype in default_dtypes(device, count)]
-    for bits in (stored,) if stored else (8, 4):
-        forms.append((f"INT{bits}", default_dtypes(device, count, quantised=True)[0], None if stored else bits))
-    return forms
-
-
 def plan(checkpoint, devices: list[str], free: Callable[[str], float]):
     """A rich table of what a checkpoint needs on each device in each form, and a line with the flags to use.
 
     devices  the devices that exist, best first
     free     device -> bytes free on it
     """
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("where", "form", title=f"{model_title(checkpoint)}: computed, in GB", title_justify="left")
+    table = Table("where", "form", title=f"{escape(model_title(checkpoint))}: computed, in GB", title_justify="left")
     for column in ("weights", f"cache, {CONTEXT} tokens", "loading peak", "all in all", "free"):
         table.add_column(column, justify="right")
     table.add_column("fits")
     fitting = []
     for device in devices:
         room = free(device)
-        for form, dtype, bits in plan_forms(checkpoint, device):
+        for form, dtype, bits in forms(checkpoint, device):
             needs = memory_needs(checkpoint, device, dtype, bits)
             figures = (needs.weights, needs.cache, needs.loading_peak, needs.total, room)
-            table.add_row(
-                device, form, *(f"{figure / 1e9:.2f}" for figure in figures), "yes" if needs.total <= room else "no"
-            )
-            if needs.total <= room:
-                fitting.append((device, dtype, bits))
+            fits = needs.total <= room
+            table.add_row(device, form, *(f"{figure / 1e9:.2f}" for figure in figures), "yes" if fits else "no")
+            fitting += [(device, bits)] * fits
 
     advice = _advice(checkpoint, devices, free, fitting)
-    return table, f"use: python cli_demo.py {advice}" if advice else "no form of it fits here: close other programs"
+    if advice is None:
+        return table, "no form of it fits here: close other programs"
+    flags, why = advice
+    if checkpoint.name != DEFAULT_MODEL:
+        flags = [f"--model_name_or_path {shlex.quote(checkpoint.name)}", *flags]
+    return table, f"use: python cli_demo.py {' '.join(flags) or 'without flags'}   ({why})"
 
 
-def _advice(checkpoint, devices: list[str], free: Callable[[str], float], fitting: list) -> str | None:
-    """The flags to use, and why, when `fitting` lists the (device, dtype, bits) that fit, best device first."""
-    small, stored = checkpoint.num_parameters < SMALL_MODEL, checkpoint.config.quantization_bit
-    gpus = [device for device in devices if device.startswith("cuda")]
-    name = "" if checkpoint.name == DEFAULT_MODEL else f"--model_name_or_path {shlex.quote(checkpoint.name)} "
+def _advice(checkpoint, devices, free, fitting: list) -> tuple[list[str], str] | None:
+    """The flags to use, and why, when the (device, bits) in `fitting` fit, best device first; None if nothing helps."""
+    stored = checkpoint.config.quantization_bit
+    unchanged = f"INT{stored}" if stored else "unquantised"
 
-    def split(**how):
+    def split(num_gpus, device_map, bits):
         try:
-            return choose_places(checkpoint, embedding_bit=None, dtype=None, devices=devices, free=free, **how)[0]
+            return choose_places(checkpoint, num_gpus, device_map, None, bits, None, devices, free)[0]
         except (MemoryError, ValueError):
             return None
 
-    if not any(device != "cpu" and bits is None for device, _, bits in fitting):
-        for num_gpus in range(2, len(gpus) + 1):
-            if split(num_gpus=num_gpus, device_map=None, quantization_bit=0):
-                return f"{name}--num_gpus {num_gpus}   (unquantised, split over {num_gpus} GPUs)"
+    if not any(device != "cpu" and bits is None for device, bits in fitting):
+        for num_gpus in range(2, 1 + sum(device.startswith("cuda") for device in devices)):
+            if split(num_gpus, None, 0):
+                return [f"--num_gpus {num_gpus}"], f"{unchanged}, split over {num_gpus} GPUs"
     if fitting:
         # The most exact form on the best device; but a CPU wins much speed by INT8, and loses next to nothing.
-        device, _, bits = fitting[0]
-        if device == "cpu" and not small and not stored and any(bits == 8 for _, _, bits in fitting):
+        device, bits = fitting[0]
+        if device == "cpu" and checkpoint.num_parameters >= SMALL_MODEL and (device, 8) in fitting:
             bits = 8
+        form = f"INT{bits}" if bits else unchanged
         faster = ": INT4 is faster, and less exact" if device == "cpu" and bits == 8 else ""
-        form = f"INT{bits or stored}" if bits or stored else "unquantised"
-        flags = f"{name}--quantization_bit {bits}" if bits else name or "without flags"
-        return f"{flags.strip()}   ({form} on {device}{faster})"
-    places = split(num_gpus=None, device_map="auto", quantization_bit=0 if stored else 4)
-    if places:
-        return f"{name}{'' if stored else '--quantization_bit 4 '}--device_map auto   (slow: {_where(places)})"
-    return None
+        return [f"--quantization_bit {bits}"] * bool(bits), f"{form} on {device}{faster}"
+    bits = 0 if stored else 4
+    places = split(None, "auto", bits)
+    if places is None:
+        return None
+    return [*[f"--quantization_bit {bits}"] * bool(bits), "--device_map auto"], f"slow: {_where(places)}"
 
 
 def planned_checkpoint(name: str, revision: str | None = None):
@@ -818,15 +807,13 @@ def published_checkpoint():
 
 def _shape(name: str, config):
     """A checkpoint of which only the configuration is known."""
-    from chatglm import ChatGLMConfig
     from chatglm.checkpoint import Checkpoint
 
     config.name_or_path = name
-    sizes = {
-        field: getattr(config, field) for field in ("vocab_size", "hidden_size", "num_layers", "inner_hidden_size")
-    }
-    count = _empty_model(ChatGLMConfig(num_attention_heads=config.num_attention_heads, **sizes), "float16")
-    return Checkpoint(name, Path(), config, {}, count.num_parameters(), 2 * config.vocab_size * config.hidden_size)
+    unquantised = copy.deepcopy(config)
+    unquantised.set_quantization(0, 0)
+    count = _empty_model(unquantised, "float16").num_parameters()
+    return Checkpoint(name, Path(), config, {}, count, 2 * config.vocab_size * config.hidden_size)
 
 
 def main(argv=None):

@@ -65,8 +65,10 @@ ROWS = [  # key of a result, label, unit, format
     *((f"decode_{n}_share", f"decode of what it allows, {n}", "%", ".0f") for n in DECODE_CONTEXTS),
     ("stream_chat_tok_s", "decode through stream_chat", "tokens/s", ",.2f"),
 ]
-QUALITY_EMBEDDINGS = (16, 8, 4)
-QUALITY_ACTIVATIONS = ("float32", "int8", "bf16")  # the first is the reference of the others
+# Embedding bits and activations that --quality compares; the first is the reference of the others. int16 is what
+# load_model chooses for layers as narrow as those of the embedded model.
+QUALITY_SETTINGS = ((8, "float32"), (8, "int16"), (8, "int8"), (8, "bf16"), (16, "int16"), (4, "int16"))
+EVERY = 4  # of the held-out phrasings one in so many
 
 
 # Checkpoint -----------------------------------------------------------------------------------------------------------
@@ -82,7 +84,8 @@ def make_checkpoint(folder: Path, config) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        tensors = ChatGLMForConditionalGeneration(config).half().state_dict()
+        tensors = ChatGLMForConditionalGeneration(config).state_dict()
+    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
     header, end = {}, 0
@@ -344,37 +347,35 @@ def needed_memory(bits, names, peer=None):
 # Quality --------------------------------------------------------------------------------------------------------------
 
 
-def measure_quality(limit=None, embeddings=QUALITY_EMBEDDINGS, activations=QUALITY_ACTIVATIONS):
+def measure_quality(limit=None, settings=QUALITY_SETTINGS):
     """Perplexity of the embedded model on held-out phrasings, and how many of its greedy answers stay the same.
 
-    A list of dictionaries: the unquantised model in float32, then INT8 and INT4 with each precision of embedding and
-    head, and each of activations. The answers are compared with those of the same weights dequantised to float32.
-    limit shortens both lists of questions.
+    A list of dictionaries: the unquantised model in float32, then INT8 and INT4 with each pair of embedding bits and
+    activations. The answers are compared with those of the first pair. limit shortens both lists of questions.
     """
-    examples = heldout_examples(load_dialogues(CORPUS_FOLDER))[:limit]
+    examples = heldout_examples(load_dialogues(CORPUS_FOLDER))[::EVERY][:limit]
     questions = evaluation_questions(CORPUS_FOLDER / EVALUATION_FILE)[:limit]
     model, tokenizer = load_model(device="cpu", dtype="float32")
     plain = perplexity(likelihoods(model, tokenizer, examples))
     results = [{"bits": 32, "embedding": 32, "activations": "float32", "perplexity": plain, "change": 0.0}]
     for bits in (8, 4):
-        for embedding in embeddings:
-            reference = None
-            for kind in activations:
-                model, _ = load_model(device="cpu", quantization_bit=bits, embedding_bit=embedding, activations=kind)
-                scores = likelihoods(model, tokenizer, examples)
-                answers = [item.answer for item in ask(model, tokenizer, questions)]
-                reference = reference or answers
-                results.append(
-                    {
-                        "bits": bits,
-                        "embedding": embedding,
-                        "activations": kind,
-                        "perplexity": perplexity(scores),
-                        "change": 100 * (perplexity(scores) / plain - 1),
-                        "same_answers": sum(map(str.__eq__, answers, reference)),
-                        "answers": len(answers),
-                    }
-                )
+        reference = None
+        for embedding, kind in settings:
+            model, _ = load_model(device="cpu", quantization_bit=bits, embedding_bit=embedding, activations=kind)
+            scores = likelihoods(model, tokenizer, examples)
+            answers = [item.answer for item in ask(model, tokenizer, questions)]
+            reference = reference or answers
+            results.append(
+                {
+                    "bits": bits,
+                    "embedding": embedding,
+                    "activations": kind,
+                    "perplexity": perplexity(scores),
+                    "change": 100 * (perplexity(scores) / plain - 1),
+                    "same_answers": sum(map(str.__eq__, answers, reference)),
+                    "answers": len(answers),
+                }
+            )
     return results
 
 

@@ -290,9 +290,10 @@ def _fill(
             put(kind, weight)
         else:
             put(kind, stored.to(device).contiguous())
-        on_cpu = torch.device(device).type == "cpu"
-        if not (on_cpu and module.pack()) and module.weight.data_ptr() == stored.data_ptr():
-            put(kind, stored.clone())
+        if torch.device(device).type == "cpu":
+            module.pack()
+            if module.weight.data_ptr() == stored.data_ptr():  # no kernels, or such as read the published order
+                module.weight.data = stored.clone()
 
 
 # Finding the files ----------------------------------------------------------------------------------------------------

@@ -147,6 +147,15 @@ class ChatGLMGenerationMixin(GenerationMixin):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size cannot be used: the prompt attends to itself in both directions")
+        cache = model_kwargs.get("past_key_values")
+        if self.config.pre_seq_len and cache is not None and cache.get_seq_length():
+            # transformers would take the prefix in the cache for tokens of input_ids.
+            raise ValueError("a model with a prefix encoder starts from an empty cache: leave past_key_values out")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def _get_candidate_generator(self, *args, **kwargs):
         raise ValueError("assisted decoding and prompt lookup cannot extend two position streams: use plain generation")
 

@@ -184,7 +184,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.dense_h_to_4h(hidden_states)
-        # In place where nothing is learned: a second copy is 64 MiB for 1024 tokens of ChatGLM-6B.
+        # In place where nothing is learned: a second copy is 64 MiB for 1024 tokens of ChatGLM-6B. A hook that keeps the
+        # output of dense_h_to_4h then finds it after the GELU.
         gelu = nn.functional.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
         return self.dense_4h_to_h(gelu(inner, approximate="tanh"))
 
@@ -260,11 +261,23 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": SelfAttention}  # noqa: RUF012
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; what `freeze` has frozen stays so when it is loaded."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; what `freeze` has frozen stays so when it is loaded.
+
+        Raises ValueError if the files hold floats where the configuration says quantised weights, or the reverse.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind, files_are in (("missing_keys", "not quantised"), ("unexpected_keys", "quantised")):
+            scales = sorted(key for key in info[kind] if key.endswith("weight_scale"))
+            if scales:
+                config = model.config
+                raise ValueError(
+                    f"{scales[0].removesuffix('_scale')} is {files_are} in the files of {config.name_or_path}, but "
+                    f"the configuration says quantization_bit {config.quantization_bit} and quantization_embeddings "
+                    f"{config.quantization_embeddings}: load it as it is stored; model.quantize makes it quantised"
+                )
+        model.freeze()
+        return (model, info) if output_loading_info else model
 
     def freeze(self) -> None:
         """Stop gradients to quantised weights and their scales, and, with a prefix encoder, to everything else."""
@@ -487,12 +500,26 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
                 f"this model is quantised to {config.quantization_bit} bits already and cannot be changed to {bits}: "
                 "load the unquantised checkpoint for that"
             )
+        if quantize_embeddings and config.embedding_bits not in (0, bits):
+            raise ValueError(
+                f"the embedding is quantised to {config.embedding_bits} bits already and cannot be changed to {bits}: "
+                "leave quantize_embeddings out, or load the unquantised checkpoint"
+            )
         layer_bits = bits if config.quantization_bit == 0 else 0
         embedding_bits = bits if quantize_embeddings and not config.embedding_bits else 0
         if not layer_bits and not embedding_bits:
             logger.warning("this model is quantised to %d bits already: nothing to do", bits)
         quantize_model(self, layer_bits, embedding_bits)
         return self
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        """As in transformers. Raises ValueError if the embedding is quantised."""
+        if self.config.embedding_bits and (pad_to_multiple_of or new_num_tokens not in (None, self.config.vocab_size)):
+            raise ValueError(
+                "a quantised embedding cannot be resized: resize the unquantised model, then quantise it with "
+                "quantize_embeddings"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the folder names its code for every Auto class of this model."""

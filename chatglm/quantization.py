@@ -4,7 +4,8 @@ What is unusual:
 
 * A row has one scale; INT4 puts two neighbouring columns into one byte, the even one in the high four bits.
 * Checkpoints and state dicts always hold these published bytes. On a CPU the fast kernels keep them in another order,
-  so that there is one copy in memory; everything that looks at a module from outside gets the published order back.
+  so that there is one copy in memory; state dicts, copies, casts and moves get the published order back, and only
+  `weight` itself is what lies in memory.
 * `kernels` is looked up, never required: a folder loaded with trust_remote_code brings this file alone.
 """
 
@@ -48,7 +49,7 @@ def quantize_weight(
     Raises ValueError for other bits than 4 or 8, an odd width with 4 bits, and entries that are not finite.
     """
     check_bits(bits, weight.shape[1])
-    dtype = dtype or (weight.dtype if weight.dtype in (torch.float16, torch.float32) else torch.float32)
+    dtype = dtype or _scale_dtype(weight.dtype)
     largest = 2 ** (bits - 1) - 1
     packed = torch.empty(weight.shape[0], weight.shape[1] * bits // 8, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
@@ -61,6 +62,10 @@ def quantize_weight(
     if not bool(scale.isfinite().all()):
         raise ValueError("a matrix with NaN or infinite entries cannot be quantised: the weights are damaged")
     return packed, scale
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.float16 else torch.float32
 
 
 def unpack_weight(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -132,7 +137,8 @@ class QuantizedModule(nn.Module):
         self.weight = nn.Parameter(
             torch.zeros(rows, columns * bits // 8, dtype=torch.int8, device=device), requires_grad=False
         )
-        self.weight_scale = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False)
+        scale_dtype = _scale_dtype(dtype or torch.get_default_dtype())
+        self.weight_scale = nn.Parameter(torch.zeros(rows, dtype=scale_dtype, device=device), requires_grad=False)
 
     def _fill(self, weight: torch.Tensor) -> None:
         """Take over a float matrix; one on the meta device has nothing to take."""
@@ -141,39 +147,53 @@ class QuantizedModule(nn.Module):
             self.weight = nn.Parameter(packed, requires_grad=False)
             self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
+    def stored(self):
+        """The bytes as they lie in memory, and the kernels that have laid them out, None for published order."""
+        with _packing:  # the two belong together, also while another thread changes the order
+            weight = self.weight
+            return weight.data, getattr(weight, "backend", None)
+
     def pack(self):
-        """Lay the weight out for the CPU kernels of this machine, once; returns them, None if there are none for it."""
-        backend = getattr(self.weight, "backend", None)
+        """Lay the weight out for the CPU kernels of this machine, if there are any for it; returns as `stored`."""
+        weight, backend = self.stored()
         if backend is not None:
-            return backend
+            return weight, backend
         kernels = fast_kernels()
         backend = kernels and kernels.cpu_backend()
-        columns = self.weight.shape[1] * 8 // self.bits
-        if backend is None or not backend.supports(self.weight.shape[0], columns, self.bits):
-            return None
+        columns = weight.shape[1] * 8 // self.bits
+        if backend is None or not backend.supports(weight.shape[0], columns, self.bits):
+            return weight, None
         # Outside inference mode: a tensor made there could never take part in training.
         with _packing, torch.inference_mode(False), torch.no_grad():
             if getattr(self.weight, "backend", None) is None:
-                self.weight.data = backend.pack(self.weight.data, self.bits)
+                self._replace(backend.pack(self.weight.data, self.bits))
                 self.weight.backend = backend
-        return backend
+            return self.weight.data, self.weight.backend
 
-    def publish(self) -> None:
-        """Bring the weight back into published order."""
+    def publish(self) -> torch.Tensor:
+        """Bring the weight back into published order and return it; a later `pack` leaves what is returned alone."""
         with _packing, torch.inference_mode(False), torch.no_grad():
             backend = getattr(self.weight, "backend", None)
             if backend is not None:
-                self.weight.data = backend.unpack(self.weight.data, self.bits)
+                self._replace(backend.unpack(self.weight.data, self.bits))
                 del self.weight.backend
+            return self.weight.data
 
-    def published_weight(self) -> torch.Tensor:
-        """The weight in published order, [rows, columns * bits // 8] int8, whatever its order in memory."""
-        backend = getattr(self.weight, "backend", None)
-        return self.weight if backend is None else backend.unpack(self.weight.data, self.bits)
+    def _replace(self, data: torch.Tensor) -> None:
+        # In a model that is split over devices, accelerate knows shared weights by their address, which another tensor
+        # may have from now on.
+        hook = getattr(self, "_hf_hook", None)
+        if not getattr(hook, "offload", True) and hook.tied_params_map:
+            hook.tied_params_map.pop(self.weight.data_ptr(), None)
+        self.weight.data = data
 
     def _apply(self, fn, recurse=True):
         self.publish()
-        return super()._apply(fn, recurse)
+        scale = self.weight_scale.data
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:  # casts, such as half(), leave the scales as they are stored
+            self.weight_scale.data = scale.to(self.weight_scale.device)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.publish()
@@ -218,14 +238,15 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         )
         if self.activations != "float32" and not needs_grad:
             if x.device.type == "cpu":
-                backend = self.pack()
+                weight, backend = self.pack()
                 if backend is not None:
-                    return backend.linear(x, self.weight, self.weight_scale, self.bias, self.bits, self.activations)
+                    return backend.linear(x, weight, self.weight_scale, self.bias, self.bits, self.activations)
             elif x.device.type == "cuda":
                 kernels = fast_kernels()
                 if kernels and kernels.cuda.usable(x, self.weight):
                     return kernels.cuda.linear(x, self.weight, self.weight_scale, self.bias, self.bits)
-        return linear(x, self.published_weight(), self.weight_scale, self.bias, self.bits)
+        # In published order from here on: the way back may need the bytes of every layer at once.
+        return linear(x, self.publish(), self.weight_scale, self.bias, self.bits)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, activations={self.activations}"
@@ -243,10 +264,10 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., embedding_dim] in float32, from which every dtype rounds as its own product would."""
-        backend = getattr(self.weight, "backend", None)
+        weight, backend = self.stored()
         if backend is not None:
-            return backend.embedding(ids, self.weight, self.weight_scale, self.bits)
-        return dequantize_weight(self.weight[ids], self.weight_scale[ids], self.bits, torch.float32)
+            return backend.embedding(ids, weight, self.weight_scale, self.bits)
+        return dequantize_weight(weight[ids], self.weight_scale[ids], self.bits, torch.float32)
 
 
 class CastLinear(nn.Linear):
@@ -287,9 +308,11 @@ def quantize_model(model: nn.Module, bits: int, embedding_bits: int = 0) -> None
 
     One matrix at a time, so that the peak is the model plus one matrix. The dtype of each weight is that of the
     arithmetic (see `quantize_weight`). A model on the meta device gets empty modules, to load stored weights into.
-    Raises ValueError before anything changes if bits or widths do not fit.
+    Raises ValueError before anything changes if bits or widths do not fit, or if a part of the model is offloaded.
     """
     config = model.config
+    if len({parameter.is_meta for parameter in model.parameters()}) > 1:
+        raise ValueError("a model that is offloaded in part cannot be quantised: quantise it before, or while it loads")
     layers = model.transformer.layers if bits else ()
     for layer in layers:
         for name in LAYERS:

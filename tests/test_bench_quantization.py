@@ -204,7 +204,7 @@ def test_impossible_requests_end_with_a_sentence(tmp_path, capsys, monkeypatch):
 
 
 def test_quality_of_dequantised_weights_is_that_of_the_embedded_model(capsys):
-    results = measure_quality(limit=1, embeddings=(8,), activations=("float32",))
+    results = measure_quality(limit=1, settings=((8, "float32"),))
     assert [(result["bits"], result["embedding"]) for result in results] == [(32, 32), (8, 8), (4, 8)]
     assert results[0]["change"] == 0 and results[0]["perplexity"] > 1
     assert abs(results[1]["change"]) < 1

@@ -229,6 +229,28 @@ def test_generate_makes_no_cache_of_its_own_where_another_kind_or_none_is_wanted
         small.generate(long_prompt(6), cache_implementation="static", **options)
 
 
+def test_an_answer_goes_on_from_the_cache_of_its_beginning(small):
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    whole = small.generate(long_prompt(9), max_new_tokens=8, **options)
+    begun = small.generate(long_prompt(9), max_new_tokens=4, **options)
+    ended = small.generate(begun.sequences, past_key_values=begun.past_key_values, max_new_tokens=4, **options)
+    assert torch.equal(ended.sequences, whole.sequences)
+
+
+def test_a_cache_behind_a_prefix_is_refused(small):
+    config = copy.deepcopy(small.config)
+    config.pre_seq_len = 3
+    model = ChatGLMForConditionalGeneration(config).eval()
+    begun = model.generate(long_prompt(9), do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="with a prefix encoder starts from an empty cache"):
+        model.generate(begun.sequences, past_key_values=begun.past_key_values, max_new_tokens=2)
+
+
+def test_prompt_is_not_read_in_chunks(small):
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be used"):
+        small.generate(long_prompt(8), prefill_chunk_size=2, do_sample=False, max_new_tokens=3)
+
+
 def test_prefix_gradients_are_the_same_with_a_cache():
     gradients = []
     for use_cache in (False, True):

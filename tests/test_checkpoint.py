@@ -469,6 +469,24 @@ def test_loading_and_running_change_no_file_and_need_it_no_more(tmp_path, weight
     assert torch.equal(logits(model), first)
 
 
+def test_weights_that_kernels_use_as_they_are_do_not_stay_in_the_file(tmp_path, weights, monkeypatch):
+    class Keeping(Reversing):
+        def pack(self, weight, bits):
+            return weight
+
+        unpack = pack
+
+    found = types.SimpleNamespace(cpu_backend=Keeping)
+    monkeypatch.setattr(quantization, "fast_kernels", lambda: found)
+    stored = quantised(weights, 8)
+    folder = make_folder(tmp_path, stored, config=SHAPES | {"quantization_bit": 8})
+    model = load(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert isinstance(model.get_parameter(DENSE).backend, Keeping)
+    assert torch.equal(model.get_parameter(DENSE), stored[DENSE])
+
+
 def test_part_of_a_checkpoint_leaves_the_rest_empty(tmp_path, weights, kernels):
     checkpoint = open_checkpoint(make_folder(tmp_path, weights))
     files = {name: path for name, path in checkpoint.files.items() if name.startswith("transformer.layers.1.")}

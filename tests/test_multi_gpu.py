@@ -21,6 +21,7 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMToken
 ROOT = Path(utils.__file__).parent
 VOCABULARY = Path(__file__).parent / "golden" / "tokenizer" / "mini_ice_text.model"
 ENDS = (utils.EMBEDDING, utils.NORM, utils.HEAD)
+PREFIX = "transformer.prefix_encoder"
 SIZES = {
     "vocab_size": 780,
     "hidden_size": 32,
@@ -121,7 +122,7 @@ def test_no_other_split_into_runs_of_layers_is_more_even(changes):
 
 
 def test_prefix_encoder_stays_with_the_embedding():
-    assert utils.auto_configure_device_map(3, empty(pre_seq_len=4))[utils.PREFIX] == 0
+    assert utils.auto_configure_device_map(3, empty(pre_seq_len=4))[PREFIX] == 0
 
 
 @pytest.mark.parametrize("num_gpus", [0, -1, 6])
@@ -149,7 +150,7 @@ def test_filling_goes_from_the_best_device_to_the_disk():
 def test_keys_of_a_map_may_stand_for_many_parts():
     sizes = utils.module_sizes(empty(pre_seq_len=2))
     expanded = utils.expand_device_map({"": "cpu", layer(3): 1, "transformer.layers": "disk"}, sizes, ["cuda:1", "cpu"])
-    assert expanded[utils.EMBEDDING] == expanded[utils.PREFIX] == "cpu"
+    assert expanded[utils.EMBEDDING] == expanded[PREFIX] == "cpu"
     assert expanded[layer(3)] == "cuda:1" and expanded[layer(2)] == "disk"
     assert list(expanded) == list(sizes)
     same = utils.expand_device_map({"": torch.device("cuda", 0)}, sizes, ["cuda:0"])
@@ -239,6 +240,15 @@ def test_layers_on_disk_are_quantised_and_go_with_the_model(folder, tmp_path):
     del model
     gc.collect()
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(("home", "named"), [("cpu", True), ("cuda:0", False)])
+def test_kernels_are_named_only_where_the_cpu_computes(monkeypatch, capsys, folder, home, named):
+    places = {utils.EMBEDDING: home, layer(0): "cpu", layer(1): "disk"}
+    monkeypatch.setattr(utils, "choose_places", lambda *args: (places, "float32"))
+    monkeypatch.setattr(utils, "_load_split", lambda *args: empty(quantization_bit=8))
+    utils.load_model(folder, device_map="auto", quantization_bit=8)
+    assert ("kernels: " in capsys.readouterr().err) is named  # beside a GPU, main memory only holds layers for it
 
 
 def test_auto_leaves_on_disk_what_memory_cannot_hold(monkeypatch, capsys, folder, tmp_path):

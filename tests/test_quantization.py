@@ -215,6 +215,31 @@ def test_wrong_arguments_of_quantize_change_nothing(no_kernels):
     assert model.quantize(8, use_quantization_cache=True, empty_init=False) is model  # arguments of the original
 
 
+def test_embedding_of_other_bits_is_refused(no_kernels):
+    model = small_model()
+    quantize_model(model, 0, 8)
+    with pytest.raises(ValueError, match="the embedding is quantised to 8 bits already and cannot be changed to 4"):
+        model.quantize(4, quantize_embeddings=True)
+    assert model.quantize(4).config.embedding_bits == 8
+
+
+def test_model_that_is_offloaded_in_part_is_refused(no_kernels):
+    model = small_model()
+    model.transformer.layers[1].to("meta")
+    with pytest.raises(ValueError, match="offloaded in part cannot be quantised"):
+        model.quantize(4)
+    assert model.config.quantization_bit == 0
+
+
+def test_quantized_embedding_is_not_resized(no_kernels):
+    model = small_model().quantize(4, quantize_embeddings=True)
+    for options in ({"new_num_tokens": 100}, {"new_num_tokens": 90}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(ValueError, match="a quantised embedding cannot be resized: resize the unquantised model"):
+            model.resize_token_embeddings(**options)
+    assert model.resize_token_embeddings(96) is model.transformer.word_embeddings
+    assert small_model().quantize(4).resize_token_embeddings(100).weight.shape == (100, 32)
+
+
 def test_config_refuses_other_bits():
     with pytest.raises(ValueError, match="quantization_bit must be 0, 4 or 8, got 2"):
         ChatGLMConfig(**SIZES, quantization_bit=2)
@@ -324,12 +349,95 @@ def test_copies_pickles_and_casts_see_published_bytes(backend):
         torch.testing.assert_close(half(IDS).logits.float(), logits, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_scales_keep_their_dtype_when_the_model_is_cast(no_kernels, stored, dtype):
+    model = small_model().to(stored).quantize(8, quantize_embeddings=True)
+    before = model.state_dict()
+    after = model.to(dtype).state_dict()
+    assert model.dtype == dtype
+    for name in (name for name in before if name.endswith("weight_scale")):
+        assert after[name].dtype == stored and torch.equal(after[name], before[name]), name
+    assert model.lm_head.weight_scale is model.transformer.word_embeddings.weight_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scales_of_an_empty_model_are_float32_in_other_formats_than_float16(no_kernels, dtype):
+    model = small_model().quantize(4, quantize_embeddings=True)
+    empty = ChatGLMForConditionalGeneration._from_config(model.config, dtype=dtype)
+    empty.load_state_dict(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        if name.endswith("weight_scale"):
+            assert torch.equal(empty.get_parameter(name), tensor)
+
+
+def test_weights_packed_before_the_way_back_give_the_same_gradients(backend):
+    gradients = []
+    for evaluates in (False, True):
+        model = small_model(pre_seq_len=3).quantize(4)
+        loss = model(IDS, labels=IDS).loss
+        if evaluates:
+            with torch.no_grad():
+                model(IDS)
+            assert backend.packed > 0
+        loss.backward()
+        gradients.append(model.transformer.prefix_encoder.embedding.weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+def test_training_keeps_one_copy_of_the_weights(backend):
+    layer = QuantizedLinear.from_linear(nn.Linear(8, 4), 8)
+    published = layer.weight.clone()
+    layer.pack()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(1, 8, requires_grad=True))
+    assert torch.equal(layer.weight, published)
+    assert layer.weight.data_ptr() in [tensor.data_ptr() for tensor in kept]
+
+
+def test_table_is_read_while_another_thread_lays_it_out(backend):
+    """What a thread has read of the order and of the bytes belongs together."""
+    model = small_model().quantize(4, quantize_embeddings=True)
+    embedding = model.transformer.word_embeddings
+    expected = embedding(IDS)
+    bytes_, order = embedding.stored()
+    assert order is None
+    model.lm_head.pack()
+    assert torch.equal(bytes_, embedding.publish())
+    model.lm_head.pack()
+    bytes_, order = embedding.stored()
+    assert order is backend
+    embedding.publish()
+    assert torch.equal(order.embedding(IDS, bytes_, embedding.weight_scale, 4), expected)
+
+
 def test_forward_in_inference_mode_leaves_the_model_trainable(backend):
     model = small_model(pre_seq_len=3).quantize(4)
     with torch.inference_mode():
         model(IDS)
     model(IDS, labels=IDS).loss.backward()
     assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_split_model_forgets_the_address_of_a_table_that_moved(backend, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = small_model().quantize(4, quantize_embeddings=True)
+    embedding, expected = model.transformer.word_embeddings, model(IDS).logits
+    embedding.publish()
+    names = ("word_embeddings", "layers.0", "layers.1", "final_layernorm")
+    places = {f"transformer.{name}": "disk" if name == "layers.1" else "cpu" for name in names} | {"lm_head": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    addresses = model.lm_head._hf_hook.tied_params_map
+    for move in (model.lm_head.pack, embedding.publish):
+        before = embedding.weight.data_ptr()
+        move()
+        assert embedding.weight.data_ptr() != before
+        assert before not in addresses
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(model(IDS).logits, expected)
 
 
 def test_matrix_with_gradients_is_never_given_to_kernels(backend):

@@ -238,6 +238,17 @@ def test_other_bits_than_stored_are_refused_naming_both(tmp_path, int4, folder):
         from_pretrained(tmp_path, 4, 4)
 
 
+def test_floats_and_integers_are_not_taken_for_each_other(tmp_path, folder):
+    """In INT8 they have the same shapes."""
+    with pytest.raises(ValueError, match=r"weight is not quantised in the files of .*quantization_bit 8 and"):
+        AutoModel.from_pretrained(folder, quantization_bit=8)
+    from_pretrained(folder, 8, 8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weight is quantised in the files of .*quantization_bit 0 and"):
+        AutoModel.from_pretrained(tmp_path, quantization_bit=0, quantization_embeddings=False)
+    model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert model.config.quantization_bit == 8 and not any(info.values())
+
+
 @pytest.mark.parametrize("bits", [(3, 0), (0, 0), (4, 5)])
 def test_config_refuses_bits_that_do_not_exist(bits):
     with pytest.raises(ValueError, match="to 4 or 8 bits, got"):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import utils
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.checkpoint import CheckpointError, open_checkpoint
+from chatglm.quantization import ACTIVATIONS
 
 GB = 10**9
 
@@ -156,6 +159,10 @@ def test_help_says_the_default_of_every_flag():
     assert "most tokens of prompt + answer (default: 2048)" in text
 
 
+def test_flag_offers_the_activations_that_there_are():
+    assert utils.ACTIVATIONS == ACTIVATIONS
+
+
 def test_help_needs_neither_torch_nor_transformers():
     code = "import sys, utils; print({'torch', 'transformers', 'psutil', 'chatglm'} & set(sys.modules))"
     result = subprocess.run(
@@ -244,6 +251,11 @@ def test_second_choice_says_why(six_billion):
         ),
         ("--device cuda:0 --dtype float32", {"cuda:0": 24, "cpu": 8}, "--device cuda:0 --dtype float16 would fit"),
         ("", {"cuda:0": 4, "cpu": 4}, "add --device_map auto, which leaves a part on disk and is slow"),
+        (
+            "--device cpu",
+            {"cpu": 4},
+            "or replace --device cpu by --device_map auto, which leaves a part on disk and is slow",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_bfloat16")
@@ -320,7 +332,7 @@ def test_load_model_says_on_stderr_what_it_loaded(capsys, folder):
         ({"quantization_bit": 4}, "int4, embedding int8, float32", (4, 8)),
         ({"quantization_bit": 8}, "int8, float32", (8, 8)),
         ({"quantization_bit": 8, "embedding_bit": 4}, "int8, embedding int4, float32", (8, 4)),
-        ({"quantization_bit": 4, "embedding_bit": 16}, "int4, float32", (4, 0)),
+        ({"quantization_bit": 4, "embedding_bit": 16}, "int4, embedding bfloat16, float32", (4, 0)),
     ],
 )
 def test_quantised_model_has_the_bits_that_were_asked_for(capsys, folder, options, form, kinds):
@@ -464,7 +476,19 @@ def test_plan_of_a_quantised_checkpoint_offers_no_other_bits(six_billion):
     assert advice(stored, cpu=64) == (
         "use: python cli_demo.py --model_name_or_path /models/chatglm-6b-int4   (INT4 on cpu)"
     )
-    assert [form for form, _, _ in utils.plan_forms(stored, "cuda:0")] == ["INT4"]
+    assert [form for form, _, _ in utils.forms(stored, "cuda:0")] == ["INT4"]
+    assert advice(stored, gpu0=5, gpu1=5, cpu=64).endswith(" --num_gpus 2   (INT4, split over 2 GPUs)")
+
+
+def test_plan_shows_any_name_as_it_is(six_billion):
+    config = six_billion.config_for()
+    config.name_or_path = "/models/my [red] model"
+    named = dataclasses.replace(six_billion, config=config, name=config.name_or_path)
+    table, line = utils.plan(named, ["cpu"], lambda device: 64 * GB)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    assert "my [red] model: computed, in GB" in console.file.getvalue()
+    assert " --model_name_or_path '/models/my [red] model' " in line
 
 
 def test_plan_command_prints_the_embedded_and_the_published_model_into_a_pipe():

@@ -305,9 +305,9 @@ static void attend(const Form *form, const Head *head, const uint8_t *mask, int6
     for (int64_t d = 0; d < head->dim; d++) head->y[d] /= total;
 }
 
-int attention_decode(const float *query, const void *key, const void *value, int kv_type, const uint8_t *mask, float *y,
-                     int64_t batch, int64_t heads, int64_t kv_len, int64_t head_dim, const int64_t *strides,
-                     float scaling, int threads) {
+void attention_decode(const float *query, const void *key, const void *value, int kv_type, const uint8_t *mask,
+                      float *y, int64_t batch, int64_t heads, int64_t kv_len, int64_t head_dim, const int64_t *strides,
+                      float scaling, int threads) {
     const Form *form = form_for(kv_type);
     (void)threads; /* unused without OpenMP */
     OMP(omp parallel for num_threads(threads))
@@ -325,5 +325,4 @@ int attention_decode(const float *query, const void *key, const void *value, int
         };
         attend(form, &head, mask == NULL ? NULL : mask + row * kv_len, kv_len);
     }
-    return 0;
 }

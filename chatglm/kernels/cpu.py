@@ -18,6 +18,7 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ OPENMP_ADVICE = {
     "darwin": "brew install libomp",
     "win32": "gcc from MinGW-w64 with libgomp has it",
 }.get(sys.platform, "install gcc, or for clang libomp-dev")
-CACHE_ADVICE = "set CHATGLM_KERNELS_CACHE to a folder that can"
+CACHE_ADVICE = "set CHATGLM_KERNELS_CACHE to a folder of your own that can"
 OPENMP_PROBE = "#include <omp.h>\nint probe(void) {\n#pragma omp parallel\n{}\nreturn omp_get_max_threads();\n}\n"
 VARIANTS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2", "plain": "plain C"}
 ACTIVATIONS = {"int8": 0, "bf16": 1, "int16": 2}
@@ -51,7 +52,7 @@ SIGNATURES = {
     "weight_unpack": (None, (_p, _p, _n, _n, _i, _i)),
     "linear": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _i, _i, _i)),
     "embedding": (None, (_p, _n, _p, _p, _i, _p, _n, _n, _i, _i)),
-    "attention_decode": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), ctypes.c_float, _i)),
+    "attention_decode": (None, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), ctypes.c_float, _i)),
 }
 _Strides = _n * 8
 
@@ -96,17 +97,32 @@ class _NoOpenMPError(Exception):
 
 
 def cache_folder() -> Path | None:
-    """Where libraries are kept: CHATGLM_KERNELS_CACHE, else in the user's cache folder; None without a home."""
-    chosen = os.environ.get("CHATGLM_KERNELS_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    """Where libraries are kept: CHATGLM_KERNELS_CACHE, else in the user's cache folder.
+
+    None without a home, and, with a warning, where others may put a library that would then run as this user.
+    """
     variable, fallback = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}.get(
         sys.platform, ("XDG_CACHE_HOME", ".cache")
     )
     try:
-        return Path(os.environ.get(variable) or Path.home() / fallback) / "chatglm"
+        if chosen := os.environ.get("CHATGLM_KERNELS_CACHE"):
+            folder = Path(chosen).expanduser().absolute()
+        else:
+            folder = Path(os.environ.get(variable) or Path.home() / fallback) / "chatglm"
     except RuntimeError:  # a user without a home
         return None
+    if not _is_private(folder):
+        logger.warning("no compiled kernels are taken from %s: it is another user's, or others may write to it", folder)
+        return None
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        state = folder.stat()
+    except OSError:  # not there yet
+        return True
+    return os.name != "posix" or (state.st_uid in (0, os.getuid()) and not state.st_mode & stat.S_IWOTH)
 
 
 def find_compilers() -> dict[tuple[str, ...], str]:
@@ -118,7 +134,7 @@ def find_compilers() -> dict[tuple[str, ...], str]:
     chosen = os.environ.get("CC")
     found = {}
     for name in [chosen] if chosen else ["gcc", "cc", "clang"]:
-        command = tuple(shlex.split(name, posix=sys.platform != "win32"))
+        command = _words(name)
         program = command and shutil.which(command[0])
         if not program or _is_apple_placeholder(program):
             continue
@@ -132,6 +148,16 @@ def find_compilers() -> dict[tuple[str, ...], str]:
         if version.partition(" ")[2] not in [other.partition(" ")[2] for other in found.values()]:
             found[command] = version
     return found
+
+
+def _words(command: str) -> tuple[str, ...]:
+    """The words of a command line, also where a path in quotation marks holds spaces; none if a mark is left open."""
+    try:
+        if sys.platform != "win32":
+            return tuple(shlex.split(command))
+        return tuple(word.strip('"') for word in shlex.split(command, posix=False))  # backslashes stay
+    except ValueError:
+        return ()
 
 
 def _is_apple_placeholder(program: str) -> bool:
@@ -187,7 +213,8 @@ def _load_or_compile(folder, compiler, version, openmp, remark) -> "CpuKernels":
             return CpuKernels(kept, f"compiled by {title}{remark}", kept)
         except OSError as error:  # not writable, full, or programs may not run from there
             logger.debug("cannot keep the compiled kernels in %s: %s", folder, error)
-            remark += f", again at each start as {folder or 'a user without a home'} cannot keep them: {CACHE_ADVICE}"
+            place = f"{folder} cannot keep them" if folder else "there is no safe folder to keep them"
+            remark += f", again at each start as {place}: {CACHE_ADVICE}"
         try:
             return CpuKernels(library, f"compiled by {title}{remark}", None)
         except OSError as error:
@@ -197,7 +224,7 @@ def _load_or_compile(folder, compiler, version, openmp, remark) -> "CpuKernels":
 def _keep(library: Path, folder: Path | None, name: str) -> Path:
     """Copy a library into the cache folder; other processes see all of it or nothing. Raises OSError."""
     if folder is None:
-        raise FileNotFoundError("no home folder")
+        raise FileNotFoundError("no cache folder")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     try:
@@ -271,7 +298,7 @@ class CpuKernels:
     path     the library in the cache folder, None if it could not be kept
 
     Weights in the methods below are int8 [out, in * bits // 8] with bits 4 or 8, in the order that `pack` gives them,
-    and scales are float16 or float32 [out]. Wrong shapes and dtypes raise ValueError.
+    and scales are [out], read as they are in float16 and float32. Wrong shapes, dtypes and devices raise ValueError.
     """
 
     def __init__(self, library: Path, reason: str, path: Path | None):
@@ -340,19 +367,19 @@ class CpuKernels:
             raise ValueError(f"x must be [..., {columns}] on the CPU, got {list(shape)} on {x.device}")
         if activations not in ACTIVATIONS:
             raise ValueError(f"activations must be int8, int16 or bf16, got {activations}")
-        rows = x.numel() // columns if columns else 0
-        scale_type = _scale_type(scale, out)
+        scale = _scale(scale, out)
         if bias is not None:
-            if bias.shape != (out,):
-                raise ValueError(f"bias must be [{out}], got {list(bias.shape)}")
+            if bias.shape != (out,) or not bias.is_cpu:
+                raise ValueError(f"bias must be [{out}] on the CPU, got {list(bias.shape)} on {bias.device}")
             bias = _float32(bias)
         values = _float32(x)
         y = values.new_empty(*shape[:-1], out)
+        rows = y.numel() // out if out else 0
         failed = self._linear(
             values.data_ptr(),
             packed.data_ptr(),
             scale.data_ptr(),
-            scale_type,
+            FLOAT_TYPES[scale.dtype],
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             rows,
@@ -369,7 +396,7 @@ class CpuKernels:
     def embedding(self, ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
         """Rows ids [...] (int64 or int32) of the dequantised matrix: float32 [..., in]. Raises IndexError beyond it."""
         columns = _columns(packed, bits)
-        scale_type = _scale_type(scale, packed.shape[0])
+        scale = _scale(scale, packed.shape[0])
         ids = ids.to("cpu", torch.int64).contiguous()
         y = torch.empty(*ids.shape, columns, dtype=torch.float32, device="cpu")
         if ids.numel():
@@ -381,7 +408,7 @@ class CpuKernels:
                 ids.numel(),
                 packed.data_ptr(),
                 scale.data_ptr(),
-                scale_type,
+                FLOAT_TYPES[scale.dtype],
                 y.data_ptr(),
                 packed.shape[0],
                 columns,
@@ -427,7 +454,7 @@ class CpuKernels:
             mask = mask.contiguous()
         q, k, v = query.stride(), key.stride(), value.stride()
         y = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device="cpu")
-        failed = self._attention(
+        self._attention(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -442,8 +469,6 @@ class CpuKernels:
             scaling,
             torch.get_num_threads(),
         )
-        if failed:
-            raise MemoryError(f"no memory for attention over {length} positions")
         return y
 
 
@@ -459,10 +484,13 @@ def _columns(weight: torch.Tensor, bits: int) -> int:
     return weight.shape[1] * 8 // bits
 
 
-def _scale_type(scale: torch.Tensor, out: int) -> int:
-    if scale.shape != (out,) or scale.dtype not in (torch.float32, torch.float16) or not scale.is_contiguous():
-        raise ValueError(f"scales must be contiguous float16 or float32 [{out}], got {scale.dtype} {list(scale.shape)}")
-    return FLOAT_TYPES[scale.dtype]
+def _scale(scale: torch.Tensor, out: int) -> torch.Tensor:
+    """Scales as the kernels read them: contiguous float16 or float32."""
+    if scale.shape != (out,) or not scale.is_floating_point() or not scale.is_cpu:
+        raise ValueError(
+            f"scales must be floats [{out}] on the CPU, got {scale.dtype} {list(scale.shape)} on {scale.device}"
+        )
+    return scale if scale.dtype is torch.float16 and scale.is_contiguous() else _float32(scale)
 
 
 def _float32(x: torch.Tensor) -> torch.Tensor:

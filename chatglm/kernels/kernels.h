@@ -66,9 +66,9 @@ EXPORT int linear(const float *x, const int8_t *tiles, const void *scale, int sc
                   int64_t rows, int64_t in, int64_t out, int bits, int activations, int threads);
 EXPORT void embedding(const int64_t *ids, int64_t count, const int8_t *tiles, const void *scale, int scale_type,
                       float *y, int64_t out, int64_t in, int bits, int threads);
-EXPORT int attention_decode(const float *query, const void *key, const void *value, int kv_type, const uint8_t *mask,
-                            float *y, int64_t batch, int64_t heads, int64_t kv_len, int64_t head_dim,
-                            const int64_t *strides, float scaling, int threads);
+EXPORT void attention_decode(const float *query, const void *key, const void *value, int kv_type, const uint8_t *mask,
+                             float *y, int64_t batch, int64_t heads, int64_t kv_len, int64_t head_dim,
+                             const int64_t *strides, float scaling, int threads);
 
 enum { TYPE_FLOAT32, TYPE_FLOAT16, TYPE_BFLOAT16 };
 

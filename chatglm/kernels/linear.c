@@ -14,6 +14,8 @@
  *
  * Activations   int8: groups of 128 columns of one row share a scale, max|x| / 127; x / scale rounds half to even.
  *               Sums within a group are exact integers in every form.  Errors: tests/kernels/test_linear.py.
+ *               int16: x = high + low, high as int8 stands for it and low the rest, which is rounded in the same way:
+ *               two rows instead of one, and 1/254 of the error.
  *               bf16: x rounds to bf16, products are exact, sums are float32.
  *               A NaN or an infinity in x makes all outputs of its row NaN or infinite, and touches no other row.
  *
@@ -139,29 +141,43 @@ INLINE void unpack_lane(const uint8_t *lane, uint8_t *published, int bits) {
     memcpy(published, &p, 4);
 }
 
-INLINE void pack_tile(const Layout *layout, const uint8_t *weight, uint8_t *tile, const int bits) {
+/* One tile, from published order to its own (packing) or back. */
+INLINE void reorder_tile(const Layout *layout, const uint8_t *from, uint8_t *to, const int bits, const int packing) {
     int64_t steps = layout->whole_steps, tail = layout->row_bytes - 4 * steps;
     /* A cache line of a row at a time: its rows, thousands of bytes apart, would push each other out of the cache. */
     for (int64_t first = 0; first < steps; first += 16) {
         int64_t end = first + 16 < steps ? first + 16 : steps;
         for (int lane = 0; lane < LANES; lane++)
-            for (int64_t step = first; step < end; step++)
-                pack_lane(weight + lane * layout->row_bytes + 4 * step, tile + step * STEP_BYTES + 4 * lane, bits);
+            for (int64_t step = first; step < end; step++) {
+                int64_t published = lane * layout->row_bytes + 4 * step, place = step * STEP_BYTES + 4 * lane;
+                if (packing)
+                    pack_lane(from + published, to + place, bits);
+                else
+                    unpack_lane(from + place, to + published, bits);
+            }
     }
-    for (int lane = 0; lane < LANES; lane++)
-        memcpy(tile + steps * STEP_BYTES + lane * tail, weight + lane * layout->row_bytes + 4 * steps, (size_t)tail);
+    for (int lane = 0; lane < LANES; lane++) {
+        int64_t published = lane * layout->row_bytes + 4 * steps, place = steps * STEP_BYTES + lane * tail;
+        memcpy(to + (packing ? place : published), from + (packing ? published : place), (size_t)tail);
+    }
 }
 
-INLINE void unpack_tile(const Layout *layout, const uint8_t *tile, uint8_t *weight, const int bits) {
-    int64_t steps = layout->whole_steps, tail = layout->row_bytes - 4 * steps;
-    for (int64_t first = 0; first < steps; first += 16) {
-        int64_t end = first + 16 < steps ? first + 16 : steps;
-        for (int lane = 0; lane < LANES; lane++)
-            for (int64_t step = first; step < end; step++)
-                unpack_lane(tile + step * STEP_BYTES + 4 * lane, weight + lane * layout->row_bytes + 4 * step, bits);
+static void reorder(const int8_t *from, int8_t *to, int64_t out, int64_t in, int bits, int threads, int packing) {
+    Layout layout = layout_of(out, in, bits);
+    int64_t tile_bytes = LANES * layout.row_bytes, whole = layout.whole_tiles * tile_bytes;
+    (void)threads;
+    OMP(omp parallel for num_threads(threads))
+    for (int64_t tile = 0; tile < layout.whole_tiles; tile++) {
+        const uint8_t *source = (const uint8_t *)from + tile * tile_bytes;
+        uint8_t *target = (uint8_t *)to + tile * tile_bytes;
+        switch (bits + packing) {
+            case 4: reorder_tile(&layout, source, target, 4, 0); break;
+            case 5: reorder_tile(&layout, source, target, 4, 1); break;
+            case 8: reorder_tile(&layout, source, target, 8, 0); break;
+            case 9: reorder_tile(&layout, source, target, 8, 1); break;
+        }
     }
-    for (int lane = 0; lane < LANES; lane++)
-        memcpy(weight + lane * layout->row_bytes + 4 * steps, tile + steps * STEP_BYTES + lane * tail, (size_t)tail);
+    memcpy(to + whole, from + whole, (size_t)(out * layout.row_bytes - whole));
 }
 
 /* Ask for pages of 2 MB, before the memory is first written: reading is then about a quarter faster.  Only where whole
@@ -179,36 +195,12 @@ static void prefer_huge_pages(int8_t *memory, int64_t bytes) {
 /* weight_pack: published bytes -> tiles, for use by linear and embedding; weight_unpack: back, exact.
  *   weight, tiles [out, in * bits / 8] int8, not overlapping; bits 4 (in even) or 8 */
 void weight_pack(const int8_t *weight, int8_t *tiles, int64_t out, int64_t in, int bits, int threads) {
-    Layout layout = layout_of(out, in, bits);
-    int64_t tile_bytes = LANES * layout.row_bytes, whole = layout.whole_tiles * tile_bytes;
-    (void)threads;
-    prefer_huge_pages(tiles, out * layout.row_bytes);
-    OMP(omp parallel for num_threads(threads))
-    for (int64_t tile = 0; tile < layout.whole_tiles; tile++) {
-        const uint8_t *from = (const uint8_t *)weight + tile * tile_bytes;
-        uint8_t *to = (uint8_t *)tiles + tile * tile_bytes;
-        if (bits == 4)
-            pack_tile(&layout, from, to, 4);
-        else
-            pack_tile(&layout, from, to, 8);
-    }
-    memcpy(tiles + whole, weight + whole, (size_t)(out * layout.row_bytes - whole));
+    prefer_huge_pages(tiles, out * in * bits / 8);
+    reorder(weight, tiles, out, in, bits, threads, 1);
 }
 
 void weight_unpack(const int8_t *tiles, int8_t *weight, int64_t out, int64_t in, int bits, int threads) {
-    Layout layout = layout_of(out, in, bits);
-    int64_t tile_bytes = LANES * layout.row_bytes, whole = layout.whole_tiles * tile_bytes;
-    (void)threads;
-    OMP(omp parallel for num_threads(threads))
-    for (int64_t tile = 0; tile < layout.whole_tiles; tile++) {
-        const uint8_t *from = (const uint8_t *)tiles + tile * tile_bytes;
-        uint8_t *to = (uint8_t *)weight + tile * tile_bytes;
-        if (bits == 4)
-            unpack_tile(&layout, from, to, 4);
-        else
-            unpack_tile(&layout, from, to, 8);
-    }
-    memcpy(weight + whole, tiles + whole, (size_t)(out * layout.row_bytes - whole));
+    reorder(tiles, weight, out, in, bits, threads, 0);
 }
 
 /* The steps of one tile; where bytes of it are as published, a completed copy in scratch [steps * 64]. */
@@ -979,7 +971,8 @@ static int linear_direct(const float *x, const int8_t *tiles, const void *scale,
     return 0;
 }
 
-/* One row of x = high + low: high is what int8 activations stand for, so rounding it once more changes nothing. */
+/* One row of x = high + low: high is what int8 activations stand for.  It will be rounded once more, to the same
+ * integers with a scale that differs by a unit in the last place at most. */
 static void split_row(const float *x, float *high, float *low, int64_t in) {
     for (int64_t first = 0; first < in; first += GROUP) {
         int64_t end = first + GROUP < in ? first + GROUP : in;

@@ -123,8 +123,7 @@ static void run_attention(int64_t heads, int64_t length, int64_t dim, int type, 
     if (!weight) exit(2);
     for (int64_t i = 0; i < batch * length; i++) mask[i] = visible == 2 ? i >= length : draw() % 2;
     const float scaling = 0.3f;
-    if (attention_decode(query, key, value, type, visible ? mask : NULL, y, batch, heads, length, dim, strides, scaling, threads))
-        exit(2);
+    attention_decode(query, key, value, type, visible ? mask : NULL, y, batch, heads, length, dim, strides, scaling, threads);
     for (int64_t row = 0; row < batch; row++)
         for (int64_t head = 0; head < heads; head++) {
             double top = -INFINITY, total = 0;

@@ -50,7 +50,7 @@ def stand_in(tmp_path, monkeypatch):
     sources.mkdir()
     (sources / "kernels.h").write_text("")
     (sources / "linear.c").write_text(STAND_IN)
-    (sources / "attention.c").write_text("int attention_decode(void) { return -1; }\n")
+    (sources / "attention.c").write_text("void attention_decode(void) {}\n")
     monkeypatch.setattr(cpu, "FOLDER", sources)
     monkeypatch.setenv("CHATGLM_KERNELS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -86,6 +86,19 @@ def test_compiler_named_in_cc_is_the_only_one(stand_in, monkeypatch):
     with pytest.raises(cpu.BuildError) as error:
         cpu.load()
     assert str(error.value) == "the C compiler that CC names does not work: no-such-compiler -m64"
+
+
+@pytest.mark.parametrize(
+    ("platform", "command", "words"),
+    [
+        ("linux", "'/opt/my tools/gcc' -m64", ("/opt/my tools/gcc", "-m64")),
+        ("win32", '"C:\\my tools\\gcc.exe" -m64', ("C:\\my tools\\gcc.exe", "-m64")),
+        ("linux", 'gcc "', ()),
+    ],
+)
+def test_cc_may_have_options_and_spaces_in_quotation_marks(monkeypatch, platform, command, words):
+    monkeypatch.setattr(cpu.sys, "platform", platform)
+    assert cpu._words(command) == words
 
 
 @needs_shell
@@ -253,12 +266,32 @@ def test_cache_folder_that_keeps_nothing_costs_a_compilation_at_each_start(stand
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(cpu.Path, "home", no_home)
     loaded = cpu.load()
-    place = "a user without a home" if trouble == "no home" else str(stand_in)
+    place = "there is no safe folder to keep them" if trouble == "no home" else f"{stand_in} cannot keep them"
     assert loaded.variant == "plain" and loaded.path is None
     assert loaded.reason.endswith(
-        f", again at each start as {place} cannot keep them: set CHATGLM_KERNELS_CACHE to a folder that can"
+        f", again at each start as {place}: set CHATGLM_KERNELS_CACHE to a folder of your own that can"
     )
     assert trouble != "full" or list(stand_in.iterdir()) == []  # no half file is left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
+@needs_compiler
+@pytest.mark.parametrize("trouble", ["others may write", "another user's"])
+def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(stand_in, monkeypatch, caplog, trouble):
+    cpu.load()
+    (planted,) = stand_in.iterdir()
+    if trouble == "others may write":
+        stand_in.chmod(0o777)
+    elif os.getuid() == 0:
+        os.chown(stand_in, 1, 1)
+    else:
+        monkeypatch.setattr(cpu.os, "getuid", lambda: stand_in.stat().st_uid + 1)
+    loaded = cpu.load()
+    assert loaded.path is None
+    assert ", again at each start as there is no safe folder to keep them: " in loaded.reason
+    assert list(stand_in.iterdir()) == [planted]
+    warning = f"no compiled kernels are taken from {stand_in}: it is another user's, or others may write to it"
+    assert caplog.messages == [warning]
 
 
 @needs_compiler
@@ -467,10 +500,17 @@ def test_wrong_tensors_are_refused_before_c_sees_them(loaded, layer):
     wrong = {
         "x must be [..., 34] on the CPU, got [2, 33] on cpu": (x[:, :33], weight, scale, bias, 4, "int8"),
         "x must be [..., 34] on the CPU, got [2, 34] on meta": (x.to("meta"), weight, scale, bias, 4, "int8"),
-        "activations must be int8 or bf16, got int4": (x, weight, scale, bias, 4, "int4"),
-        "bias must be [20], got [19]": (x, weight, scale, bias[:19], 4, "int8"),
-        "scales must be contiguous float16 or float32 [20], got torch.float64 [20]": (
-            *(x, weight, scale.double(), bias, 4, "int8"),
+        "activations must be int8, int16 or bf16, got int4": (x, weight, scale, bias, 4, "int4"),
+        "bias must be [20] on the CPU, got [19] on cpu": (x, weight, scale, bias[:19], 4, "int8"),
+        "bias must be [20] on the CPU, got [20] on meta": (x, weight, scale, bias.to("meta"), 4, "int8"),
+        "scales must be floats [20] on the CPU, got torch.float32 [19] on cpu": (
+            *(x, weight, scale[:19], bias, 4, "int8"),
+        ),
+        "scales must be floats [20] on the CPU, got torch.int64 [20] on cpu": (
+            *(x, weight, scale.long(), bias, 4, "int8"),
+        ),
+        "scales must be floats [20] on the CPU, got torch.float32 [20] on meta": (
+            *(x, weight, scale.to("meta"), bias, 4, "int8"),
         ),
         "weights must be contiguous": (torch.randn(2, 32), weight[:, :16], scale, bias, 4, "int8"),
         "weights must be int8 [out, bytes] on the CPU with 4 or 8 bits, got torch.int8 [20, 17] on cpu with 2 bits": (

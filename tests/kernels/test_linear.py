@@ -1,5 +1,7 @@
 """Multiplying by INT4 and INT8 weights in C: every form this processor has against the same arithmetic in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -145,6 +147,15 @@ def test_scales_in_float16_and_no_bias(backend):
     assert relative_error(got, x.bfloat16().double(), unpack_weight(weight, 4), scale, torch.zeros(33)) < TOLERANCE
 
 
+def test_scales_of_any_float_dtype_and_layout(library):
+    weight, scale, bias, x = draw(33, 258, 4, 5)
+    packed, ids = library.pack(weight, 4), torch.tensor([32, 0])
+    scale = scale.bfloat16().float()
+    for other in (scale.bfloat16(), scale.double(), torch.stack((scale, bias), 1)[:, 0]):
+        assert torch.equal(library.linear(x, packed, other, bias, 4), library.linear(x, packed, scale, bias, 4))
+        assert torch.equal(library.embedding(ids, packed, other, 4), library.embedding(ids, packed, scale, 4))
+
+
 @pytest.mark.parametrize("activations", ["int8", "int16", "bf16"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_number_of_threads_changes_nothing(backend, bits, activations):
@@ -195,15 +206,33 @@ def test_nan_and_infinity_spoil_their_own_row_only(backend, bits, activations, v
         assert torch.equal(got[others], want[others])
 
 
-def test_rows_of_zeros_and_of_tiny_values_give_the_bias(backend):
+@pytest.mark.parametrize("activations", ["int8", "int16", "bf16"])
+def test_rows_of_zeros_and_of_tiny_values_give_the_bias(backend, activations):
     weight, scale, bias, x = draw(20, 200, 8, 2)
     x[0], x[1] = 0, 1e-38
-    assert torch.equal(backend.linear(x, backend.pack(weight, 8), scale, bias, 8), bias.expand(2, 20))
+    got = backend.linear(x, backend.pack(weight, 8), scale, bias, 8, activations)
+    assert torch.equal(got, bias.expand(2, 20))
 
 
-def test_no_rows_give_no_rows(backend):
-    weight, scale, bias, x = draw(20, 200, 8, 1)
-    assert backend.linear(x[:0], backend.pack(weight, 8), scale, bias, 8).shape == (0, 20)
+@pytest.mark.parametrize("activations", ["int8", "int16", "bf16"])
+def test_no_rows_no_outputs_and_no_columns(backend, activations):
+    weight, scale, bias, x = draw(20, 200, 8, 3)
+    packed = backend.pack(weight, 8)
+    assert backend.linear(x[:0], packed, scale, bias, 8, activations).shape == (0, 20)
+    assert backend.linear(x, packed[:0], scale[:0], None, 8, activations).shape == (3, 0)
+    got = backend.linear(x[:, :0], backend.pack(weight[:, :0], 8), scale, bias, 8, activations)
+    assert torch.equal(got, bias.expand(3, 20))
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16", "bf16"])
+def test_calls_from_several_threads_do_not_disturb_each_other(library, activations):
+    weight, scale, bias, x = draw(300, 1000, 4, 40)
+    packed, parts = library.pack(weight, 4), x.split([1, 2, 4, 33])
+    want = [library.linear(part, packed, scale, bias, 4, activations) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = pool.map(lambda part: library.linear(part, packed, scale, bias, 4, activations), parts)
+            assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
