@@ -184,8 +184,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.dense_h_to_4h(hidden_states)
-        # In place where nothing is learned: a second copy is 64 MiB for 1024 tokens of ChatGLM-6B. A hook that keeps the
-        # output of dense_h_to_4h then finds it after the GELU.
+        # In place where nothing is learned: a second copy is 64 MiB for 1024 tokens of ChatGLM-6B. A hook that keeps
+        # what dense_h_to_4h gave then finds it after the GELU.
         gelu = nn.functional.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
         return self.dense_4h_to_h(gelu(inner, approximate="tanh"))
 
