@@ -4,33 +4,12 @@ import pytest
 import torch
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, kernels
-from chatglm.kernels import cpu
 from chatglm.modeling_chatglm import OWN_ATTENTION, attention_forward, decode_kernel, eager_attention_forward
 
-VARIANTS = ("avx512_vnni", "avx2", "plain")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BOS, EOS, MASK, GMASK = 60, 61, 58, 59
 # Sums of a few hundred products in float32, of numbers up to about 4.
 TOLERANCE = {"atol": 4e-6, "rtol": 2e-6}
-
-
-@pytest.fixture(scope="module")
-def library():
-    try:
-        return cpu.load()
-    except cpu.BuildError as error:
-        pytest.skip(f"no C kernels here: {error}")
-
-
-@pytest.fixture(params=VARIANTS)
-def backend(request, library):
-    before = library.variant
-    try:
-        library.variant = request.param
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield library
-    library.variant = before
 
 
 def truth(query, key, value, scaling, mask=None):
