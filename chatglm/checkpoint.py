@@ -33,7 +33,7 @@ from transformers import GenerationConfig
 
 from .configuration_chatglm import SIZES, ChatGLMConfig
 from .modeling_chatglm import ChatGLMForConditionalGeneration
-from .quantization import CastLinear, QuantizedModule, check_bits, quantize_weight
+from .quantization import CastLinear, QuantizedModule, check_bits, quantize_weight, scale_dtype
 from .tokenization_chatglm import VOCAB_FILE_NAME, ChatGLMTokenizer
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def open_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Che
 
     headers, files = _check_weights(folder, config)
     unquantised = copy.deepcopy(config)
-    unquantised.quantization_bit, unquantised.quantization_embeddings = 0, False
+    unquantised.set_quantization(0, 0)
     return Checkpoint(
         name=config.name_or_path,
         folder=folder,
@@ -281,9 +281,8 @@ def _fill(
         put(kind, stored.to(device, dtype, copy=True))
     else:
         if stored.is_floating_point():
-            arithmetic = torch.float16 if dtype == torch.float16 else torch.float32
             try:
-                weight, scale = quantize_weight(stored.to(device), module.bits, arithmetic)
+                weight, scale = quantize_weight(stored.to(device), module.bits, scale_dtype(dtype))
             except ValueError as error:
                 raise CheckpointError(f"{name} in {path}: {error}") from error
             put("weight_scale", scale)

@@ -49,7 +49,7 @@ def quantize_weight(
     Raises ValueError for other bits than 4 or 8, an odd width with 4 bits, and entries that are not finite.
     """
     check_bits(bits, weight.shape[1])
-    dtype = dtype or _scale_dtype(weight.dtype)
+    dtype = dtype or scale_dtype(weight.dtype)
     largest = 2 ** (bits - 1) - 1
     packed = torch.empty(weight.shape[0], weight.shape[1] * bits // 8, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
@@ -64,7 +64,8 @@ def quantize_weight(
     return packed, scale
 
 
-def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a matrix of that dtype is quantised in, and so the dtype of its scales."""
     return torch.float16 if dtype == torch.float16 else torch.float32
 
 
@@ -137,8 +138,8 @@ class QuantizedModule(nn.Module):
         self.weight = nn.Parameter(
             torch.zeros(rows, columns * bits // 8, dtype=torch.int8, device=device), requires_grad=False
         )
-        scale_dtype = _scale_dtype(dtype or torch.get_default_dtype())
-        self.weight_scale = nn.Parameter(torch.zeros(rows, dtype=scale_dtype, device=device), requires_grad=False)
+        scale = torch.zeros(rows, dtype=scale_dtype(dtype or torch.get_default_dtype()), device=device)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def _fill(self, weight: torch.Tensor) -> None:
         """Take over a float matrix; one on the meta device has nothing to take."""
