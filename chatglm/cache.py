@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from transformers import Cache, DynamicLayer
 
-# Tokens by which a buffer grows. A copy of 1024 tokens of ChatGLM-6B takes about 0.1 s, spread over 128 steps of 0.1 s
-# and more; a buffer has at most 127 tokens too many (2 MiB per layer in float16).
-BLOCK = 128
+# Tokens by which a buffer grows. A copy of 1024 tokens of ChatGLM-6B takes about 0.1 s, spread over 64 steps of 0.1 s;
+# a buffer has at most 64 tokens too many (1 MiB per layer in float16).
+BLOCK = 64
 
 
 class GrowingLayer(DynamicLayer):
@@ -71,28 +71,44 @@ class GrowingLayer(DynamicLayer):
             self._values, self._value_buffer = _append(self._values, self._value_buffer, value_states)
         return (key_states, value_states) if rounded else (self._keys, self._values)
 
+    def extend(self, batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `GrowingCache.extend`."""
+        past = self.get_seq_length()
+        if not past or len(self._keys) != batch:
+            return None
+        shape = (*self._keys.shape[:2], count, self._keys.shape[3])
+        self._keys, self._key_buffer = _extend(self._keys, self._key_buffer, past, shape)
+        self._values, self._value_buffer = _extend(self._values, self._value_buffer, past, shape)
+        return self._keys, self._values
+
 
 def _append(
     stored: torch.Tensor, buffer: torch.Tensor | None, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """stored and states behind each other, and the buffer whose front that is: the given one if there is room in it."""
     past = stored.shape[-2] if stored.numel() else 0
-    length = past + states.shape[-2]
     if past and (stored.shape[:-2], stored.shape[-1]) != (states.shape[:-2], states.shape[-1]):
         raise ValueError(
             f"the cache holds keys or values of shape {list(stored.shape)}, got {list(states.shape)} to append: "
             "all but the third number must be the same"
         )
+    longer, buffer = _extend(stored, buffer, past, states.shape)
+    longer[..., past:, :] = states
+    return longer, buffer
+
+
+def _extend(stored, buffer, past: int, added) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_append`, with room for states of that shape, which is not filled yet."""
+    length = past + added[-2]
     # A buffer made in inference mode cannot be written to outside of it.
     frozen = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
     if buffer is None or frozen or buffer.shape[-2] < length:
         capacity = (length // BLOCK + 1) * BLOCK
-        shape = (*states.shape[:-2], capacity, states.shape[-1])
+        shape = (*added[:-2], capacity, added[-1])
         buffer = torch.empty(shape, dtype=stored.dtype, device=stored.device)
         if past:
             buffer[..., :past, :] = stored
-    buffer[..., past:length, :] = states
-    return buffer[..., :length, :], buffer
+    return buffer.narrow(-2, 0, length), buffer
 
 
 class GrowingCache(Cache):
@@ -100,3 +116,12 @@ class GrowingCache(Cache):
 
     def __init__(self, dtype: torch.dtype | None = None):
         super().__init__(layer_class_to_replicate=partial(GrowingLayer, dtype=dtype))
+
+    def extend(self, batch: int, count: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All keys and values of a layer with `count` positions more, which the caller has to fill; see `update`.
+
+        None, and nothing changed, if the layer is empty or holds another batch: `update` knows what to make of that.
+        Not for use with gradients.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return layer and layer.extend(batch, count)

@@ -150,9 +150,7 @@ class QuantizedModule(nn.Module):
 
     def stored(self):
         """The bytes as they lie in memory, and the kernels that have laid them out, None for published order."""
-        with _packing:  # the two belong together, also while another thread changes the order
-            weight = self.weight
-            return weight.data, getattr(weight, "backend", None)
+        return stored_together([self])[0]
 
     def pack(self):
         """Lay the weight out for the CPU kernels of this machine, if there are any for it; returns as `stored`."""
@@ -197,8 +195,10 @@ class QuantizedModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.publish()
+        weight = self.publish()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # a step in another thread may have packed it again in between
+            destination[prefix + "weight"] = weight
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.publish()
@@ -207,6 +207,13 @@ class QuantizedModule(nn.Module):
     def __getstate__(self):  # of copy and pickle
         self.publish()
         return self.__dict__
+
+
+def stored_together(modules) -> list:
+    """`stored` of each quantised module."""
+    weights = [module._parameters["weight"] for module in modules]
+    with _packing:  # bytes and kernels belong together, also while another thread changes the order
+        return [(weight.data, getattr(weight, "backend", None)) for weight in weights]
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):

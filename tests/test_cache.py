@@ -176,6 +176,79 @@ def test_states_that_do_not_fit_are_refused(sizes):
         layer.update(*states(1, **sizes))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_room_that_the_caller_fills_is_what_update_would_have_stored(tokens, dtype):
+    ours, theirs = GrowingCache(dtype), GrowingCache(dtype)
+    prompt = states(tokens)
+    for layer in (0, 1):
+        ours.update(*prompt, layer), theirs.update(*prompt, layer)
+    for count in (1, 1, 3, BLOCK):
+        step = states(count)
+        before = [tensor.clone() for tensor in (ours.layers[1].keys, ours.layers[1].values)]
+        room = ours.extend(2, count, 1)
+        for tensor, old, new in zip(room, before, step, strict=True):
+            assert tensor.shape == (2, 3, old.shape[2] + count, 4)
+            assert tensor.dtype == (dtype or torch.float32)
+            assert torch.equal(tensor[:, :, :-count], old)
+            tensor[:, :, -count:] = new
+        theirs.update(*step, 1)
+        assert_same(ours.layers[1], theirs.layers[1])
+        for tensor, name in zip(room, ("keys", "values"), strict=True):
+            assert tensor.data_ptr() == getattr(ours.layers[1], name).data_ptr()
+    assert_same(ours.layers[0], theirs.layers[0])
+
+
+@torch.no_grad()
+def test_an_empty_cache_or_one_of_another_batch_is_left_alone():
+    cache = GrowingCache()
+    assert cache.extend(2, 1, 0) is None and len(cache.layers) == 0
+    cache.update(*states(2), 0)
+    assert cache.extend(2, 1, 1) is None
+    for batch in (1, 4):
+        assert cache.extend(batch, 1, 0) is None
+    assert cache.get_seq_length() == 2
+
+
+@torch.no_grad()
+def test_room_is_made_behind_what_was_returned_or_assigned_and_never_in_it():
+    """Beams, cropping and selection forget the room: what is behind them may belong to somebody else."""
+    layer = GrowingLayer()
+    for change in (
+        lambda: None,
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.crop(-2),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.batch_select_indices(torch.tensor([0, 2])),
+    ):
+        if not layer.get_seq_length():
+            layer.update(*states(BLOCK - 2))
+        seen = [(tensor, tensor.clone()) for tensor in (layer.keys, layer.values)]
+        change()
+        now = [tensor.clone() for tensor in (layer.keys, layer.values)]
+        for _ in range(3):
+            for tensor in layer.extend(len(layer.keys), 1):
+                tensor[:, :, -1] = 7
+        assert all(torch.equal(tensor, before) for tensor, before in seen)
+        for tensor, before in zip((layer.keys, layer.values), now, strict=True):
+            assert torch.equal(tensor[:, :, :-3], before)
+            assert bool((tensor[:, :, -3:] == 7).all())
+
+
+def test_a_cache_filled_in_inference_mode_is_extended_outside():
+    layer, prompt = GrowingLayer(), states(3)
+    with torch.inference_mode():
+        layer.update(*prompt)
+    with torch.no_grad():
+        for tensor, old in zip(layer.extend(2, 1), prompt, strict=True):
+            tensor[:, :, -1] = 1
+            assert torch.equal(tensor[:, :, :3], old)
+        layer.update(*states(1))
+    with torch.inference_mode():
+        assert layer.extend(2, 2)[0].shape == (2, 3, 7, 4)
+
+
 # With the model -------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 What is unusual:
 
-* linear.c and attention.c are compiled on first use with the C compiler of the machine, in a few seconds. One library
+* The C files are compiled on first use with the C compiler of the machine, in a few seconds. One library
   serves every processor of an architecture: the form for this one is chosen when it runs, not when it is compiled.
 * The file name of a library holds hashes of the sources, of the compiler with its flags, and of the library itself: a
   changed source or compiler gives a new file, and one that was cut off or damaged is recognised before it is loaded.
@@ -29,7 +29,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.h", "linear.c", "attention.c")
+SOURCES = ("kernels.h", "linear.c", "attention.c", "layer.c")
 FLAGS = ("-O3", "-std=gnu11", "-shared", *(() if sys.platform == "win32" else ("-fPIC",)))
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 COMPILE_SECONDS = 120  # three are usual
@@ -43,7 +43,35 @@ VARIANTS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2", "plain": "plain C"}
 ACTIVATIONS = {"int8": 0, "bf16": 1, "int16": 2}
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_p, _i, _n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of kernels.h."""
+
+    _fields_ = (
+        ("tiles", _p), ("scale", _p), ("bias", _p), ("out_features", _n), ("in_features", _n),
+        ("scale_type", _i), ("bits", _i), ("activations", _i),
+    )  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` of kernels.h."""
+
+    _fields_ = (("weight", _p), ("bias", _p), ("epsilon", _f))
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of kernels.h."""
+
+    _fields_ = (
+        ("input_norm", _Norm), ("post_attention_norm", _Norm),
+        ("query_key_value", _Matrix), ("dense", _Matrix), ("up", _Matrix), ("down", _Matrix),
+        ("heads", _n), ("alpha", _f), ("scaling", _f),
+    )  # fmt: skip
+
+
+_layer_p = ctypes.POINTER(_Layer)
 SIGNATURES = {
     "kernels_variant": (ctypes.c_char_p, ()),
     "kernels_set_variant": (_i, (ctypes.c_char_p,)),
@@ -52,9 +80,12 @@ SIGNATURES = {
     "weight_unpack": (None, (_p, _p, _n, _n, _i, _i)),
     "linear": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _i, _i, _i)),
     "embedding": (None, (_p, _n, _p, _p, _i, _p, _n, _n, _i, _i)),
-    "attention_decode": (None, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), ctypes.c_float, _i)),
+    "attention_decode": (None, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), _f, _i)),
+    "layer_start": (_i, (_layer_p, _p, _p, _p, _n, _p, _p, _n, _i)),
+    "layer_finish": (_i, (_layer_p, _p, _p, _p, _n, _i)),
+    "layer_step": (_i, (_layer_p, _p, _p, _p, _n, _p, _p, _i, _p, ctypes.POINTER(_n), _p, _n, _n, _i)),
 }
-_Strides = _n * 8
+_Strides, _CacheStrides = _n * 8, _n * 6
 
 
 class BuildError(OSError):
@@ -360,18 +391,12 @@ class CpuKernels:
         activations   "int8": x is rounded to 8 bits in groups of 128 columns; "int16": to 15; "bf16": to bfloat16
         """
         # A model calls this some hundred times per token: every torch operation here costs a microsecond each time.
-        columns = _columns(packed, bits)
+        scale, bias = _operands(packed, scale, bias, bits, activations)
+        columns = packed.shape[1] * 8 // bits
         out = packed.shape[0]
         shape = x.shape
         if not shape or shape[-1] != columns or not x.is_cpu:
             raise ValueError(f"x must be [..., {columns}] on the CPU, got {list(shape)} on {x.device}")
-        if activations not in ACTIVATIONS:
-            raise ValueError(f"activations must be int8, int16 or bf16, got {activations}")
-        scale = _scale(scale, out)
-        if bias is not None:
-            if bias.shape != (out,) or not bias.is_cpu:
-                raise ValueError(f"bias must be [{out}] on the CPU, got {list(bias.shape)} on {bias.device}")
-            bias = _float32(bias)
         values = _float32(x)
         y = values.new_empty(*shape[:-1], out)
         rows = y.numel() // out if out else 0
@@ -392,6 +417,15 @@ class CpuKernels:
         if failed:
             raise MemoryError(f"no memory to multiply {rows} rows of {columns} values")
         return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def layer(self, norms, matrices, num_heads: int, alpha: float, scaling: float) -> "CpuLayer":
+        """One layer of the network, see CpuLayer.
+
+        norms      input norm and the one behind the attention: weight and bias, float32 [hidden_size], and epsilon
+        matrices   query_key_value, dense, and the two of the MLP: each what `linear` takes beside x
+        alpha      factor of both residuals; scaling is that of the attention scores
+        """
+        return CpuLayer(self.library, norms, matrices, num_heads, alpha, scaling)
 
     def embedding(self, ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
         """Rows ids [...] (int64 or int32) of the dequantised matrix: float32 [..., in]. Raises IndexError beyond it."""
@@ -446,12 +480,7 @@ class CpuKernels:
         if not (query.is_cpu and key.is_cpu and value.is_cpu):
             raise ValueError(f"tensors must be on the CPU, got {query.device}, {key.device} and {value.device}")
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-        if mask is not None:
-            if mask.dtype is not torch.bool or not mask.is_cpu or mask.numel() != batch * length:
-                raise ValueError(
-                    f"mask must be bool [{batch}, 1, 1, {length}] on the CPU, got {mask.dtype} {list(mask.shape)}"
-                )
-            mask = mask.contiguous()
+        mask = _visible(mask, batch, length)
         q, k, v = query.stride(), key.stride(), value.stride()
         y = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device="cpu")
         self._attention(
@@ -472,6 +501,111 @@ class CpuKernels:
         return y
 
 
+class CpuLayer:
+    """One layer of the network, computed by the kernels: whole for one token, around its attention for a prompt.
+
+    It holds addresses, not the tensors: who uses it sees to it that they are still alive and the same.
+    """
+
+    def __init__(self, library, norms, matrices, num_heads: int, alpha: float, scaling: float):
+        """Arguments as in `CpuKernels.layer`. Raises ValueError for tensors that do not fit each other."""
+        query_key_value, dense, up, down = (_matrix(operands) for operands in matrices)
+        width, inner = dense.out_features, up.out_features
+        shapes = [(matrix.out_features, matrix.in_features) for matrix in (query_key_value, dense, up, down)]
+        if shapes != [(3 * dense.in_features, width), (width, dense.in_features), (inner, width), (width, inner)] or (
+            dense.in_features % num_heads
+        ):
+            raise ValueError(f"matrices of {num_heads} heads do not fit each other: {shapes}")
+        norms = [_norm(norm, width) for norm in norms]
+        self._layer = _Layer(*norms, query_key_value, dense, up, down, num_heads, alpha, scaling)
+        self._library = library
+        self._width, self._attended_width = width, dense.in_features
+        self._heads, self._head_dim = num_heads, dense.in_features // num_heads
+
+    def start(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised x, and its queries, keys and values, of which the first two are rotated.
+
+        x          float32 [batch, seq_len, hidden_size]
+        cos, sin   float32 [batch, 1, seq_len, streams, head_dim // streams], see apply_rotary in the model
+
+        Returns float32 [batch, seq_len, hidden_size] and [batch, seq_len, num_heads, 3, head_dim].
+        """
+        x, cos, sin, rows = self._inputs(x, cos, sin)
+        normed, mixed = torch.empty_like(x), x.new_empty(*x.shape[:-1], self._heads, 3, self._head_dim)
+        pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1], normed.data_ptr(), mixed.data_ptr()
+        self._call(self._library.layer_start, *pointers, rows)
+        return normed, mixed
+
+    def finish(self, attended: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """The output of the layer, float32 [batch, seq_len, hidden_size].
+
+        attended   float32 [batch, seq_len, num_heads * head_dim], what the attention gave
+        normed     as `start` gave it; what is returned is written over it
+        """
+        rows = _rows(attended, self._attended_width)
+        if _rows(normed, self._width) != rows or not normed.is_contiguous():
+            raise ValueError(f"normed must be as start gave it, for {rows} rows, got {list(normed.shape)}")
+        attended = attended.contiguous()
+        self._call(self._library.layer_finish, attended.data_ptr(), normed.data_ptr(), normed.data_ptr(), rows)
+        return normed
+
+    def step(self, x, cos, sin, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The output of the layer for one new token of each sequence, float32 [batch, 1, hidden_size].
+
+        x, cos, sin    as in `start`, seq_len 1
+        keys, values   [batch, heads, kv_len, head_dim] as in `CpuKernels.attention`; the last position is written
+        mask           as there
+        """
+        x, cos, sin, rows = self._inputs(x, cos, sin)
+        shape = keys.shape
+        expected = (rows, self._heads, shape[2] if keys.dim() == 4 else 1, self._head_dim)
+        if x.shape[1] != 1 or shape != expected or values.shape != shape or not shape[2]:
+            raise ValueError(
+                f"keys and values must be [{rows}, {self._heads}, kv_len, {self._head_dim}] for states "
+                f"{list(x.shape)} of one token, got {list(shape)} and {list(values.shape)}"
+            )
+        k, v = keys.stride(), values.stride()
+        if keys.dtype not in FLOAT_TYPES or values.dtype is not keys.dtype or (k[3], v[3]) != (1, 1):
+            raise ValueError(f"keys and values must have one float dtype, got {keys.dtype} and {values.dtype}")
+        if not (keys.is_cpu and values.is_cpu):
+            raise ValueError(f"keys and values must be on the CPU, got {keys.device} and {values.device}")
+        mask = _visible(mask, rows, shape[2])
+        y = torch.empty_like(x)
+        self._call(
+            self._library.layer_step,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1],
+            keys.data_ptr(),
+            values.data_ptr(),
+            FLOAT_TYPES[keys.dtype],
+            None if mask is None else mask.data_ptr(),
+            _CacheStrides(k[0], k[1], k[2], v[0], v[1], v[2]),
+            y.data_ptr(),
+            rows,
+            shape[2],
+        )
+        return y
+
+    def _inputs(self, x, cos, sin):
+        rows = _rows(x, self._width)
+        shape = cos.shape
+        fits = cos.dim() == 5 and (shape[0], shape[2], shape[3] * shape[4]) == (*x.shape[:2], self._head_dim)
+        if not fits or shape[4] % 2:
+            raise ValueError(
+                f"cos and sin must be [{x.shape[0]}, 1, {x.shape[1]}, streams, part] with an even part and streams * "
+                f"part = {self._head_dim}, got {list(shape)}"
+            )
+        if sin.shape != shape or shape[1] != 1 or not (cos.is_cpu and sin.is_cpu):
+            raise ValueError(f"cos and sin must be alike and on the CPU, got {list(shape)} and {list(sin.shape)}")
+        return _float32(x), _float32(cos), _float32(sin), rows
+
+    def _call(self, function, *arguments):
+        if function(self._layer, *arguments, torch.get_num_threads()):
+            raise MemoryError(f"no memory for the states of a layer of width {self._width}")
+
+
 def _columns(weight: torch.Tensor, bits: int) -> int:
     """The width of the matrix that stored bytes stand for. Raises ValueError if they are not what the kernels read."""
     if bits not in (4, 8) or weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.is_cpu:
@@ -482,6 +616,65 @@ def _columns(weight: torch.Tensor, bits: int) -> int:
     if not weight.is_contiguous():
         raise ValueError("weights must be contiguous")
     return weight.shape[1] * 8 // bits
+
+
+def _operands(packed, scale, bias, bits, activations):
+    """Scales and bias of a matrix as the kernels read them. Raises ValueError for what `linear` does not take."""
+    out = packed.shape[0]
+    _columns(packed, bits)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be int8, int16 or bf16, got {activations}")
+    if bias is not None:
+        if bias.shape != (out,) or not bias.is_cpu:
+            raise ValueError(f"bias must be [{out}] on the CPU, got {list(bias.shape)} on {bias.device}")
+        bias = _float32(bias)
+    return _scale(scale, out), bias
+
+
+def _matrix(operands) -> _Matrix:
+    """The matrix for the kernels, which will read the tensors where they are now."""
+    packed, given_scale, given_bias, bits, activations = operands
+    scale, bias = _operands(packed, given_scale, given_bias, bits, activations)
+    if scale is not given_scale or bias is not given_bias:
+        raise ValueError("the kernels of a layer read scales in float16 or float32 and biases in float32, contiguous")
+    return _Matrix(
+        packed.data_ptr(),
+        scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        packed.shape[0],
+        packed.shape[1] * 8 // bits,
+        FLOAT_TYPES[scale.dtype],
+        bits,
+        ACTIVATIONS[activations],
+    )
+
+
+def _norm(norm, width: int) -> _Norm:
+    weight, bias, epsilon = norm
+    for tensor in (weight, bias):
+        if tensor.shape != (width,) or tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.stride(0) != 1:
+            raise ValueError(
+                f"a norm must have contiguous float32 [{width}] on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    return _Norm(weight.data_ptr(), bias.data_ptr(), epsilon)
+
+
+def _rows(x: torch.Tensor, width: int) -> int:
+    if x.dim() != 3 or x.shape[2] != width or x.dtype is not torch.float32 or not x.is_cpu:
+        raise ValueError(
+            f"states must be float32 [batch, seq_len, {width}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    return x.numel() // width
+
+
+def _visible(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """A mask as the kernels read it."""
+    if mask is None:
+        return None
+    if mask.dtype is not torch.bool or not mask.is_cpu or mask.numel() != batch * length:
+        raise ValueError(f"mask must be bool [{batch}, 1, 1, {length}] on the CPU, got {mask.dtype} {list(mask.shape)}")
+    return mask.contiguous()
 
 
 def _scale(scale: torch.Tensor, out: int) -> torch.Tensor:

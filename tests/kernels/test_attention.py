@@ -44,18 +44,21 @@ def test_a_long_cache_with_sharp_weights_is_exact(backend, dtype):
         torch.testing.assert_close(got.double(), truth(query, key, value, scaling), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("head_dim", [20, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views_are_read_where_they_are(backend, dtype):
-    query, key, value = draw(300, 36, dtype)
-    expected = truth(query[:, :, :, :20], key[:, :, 7:131, 3:23], value[:, :, 7:131, 3:23], 0.2)
+def test_views_are_read_where_they_are(backend, dtype, head_dim):
+    query, key, value = draw(300, head_dim + 16, dtype)
+    query, key, value = query[..., :head_dim], key[:, :, 7:131, 3 : head_dim + 3], value[:, :, 7:131, 3 : head_dim + 3]
+    expected = truth(query, key, value, 0.2)
     value = value.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # positions first in memory
-    got = backend.attention(query[:, :, :, :20], key[:, :, 7:131, 3:23], value[:, :, 7:131, 3:23], 0.2)
+    got = backend.attention(query, key, value, 0.2)
     torch.testing.assert_close(got.double(), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("head_dim", [24, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hidden_positions_count_for_nothing_whatever_they_hold(backend, dtype):
-    query, key, value = draw(150, 24, dtype, batch=4)
+def test_hidden_positions_count_for_nothing_whatever_they_hold(backend, dtype, head_dim):
+    query, key, value = draw(150, head_dim, dtype, batch=4)
     mask = torch.rand(4, 1, 1, 150, generator=torch.Generator().manual_seed(1)) > 0.5
     mask[1, ..., :100] = False  # a whole block and more
     mask[2], mask[2, ..., 149] = False, True
@@ -75,17 +78,18 @@ def test_a_row_that_sees_nothing_gets_the_mean_of_all_values(backend):
     torch.testing.assert_close(got[1:].double(), truth(query, key, value, 0.25)[1:], **TOLERANCE)
 
 
+@pytest.mark.parametrize("head_dim", [24, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_broken_numbers_are_passed_on(backend, dtype):
+def test_broken_numbers_are_passed_on(backend, dtype, head_dim):
     """The guard of generation looks for NaN in the scores: the kernel must not hide it."""
     for place in (0, 70, 149):
-        query, key, value = draw(150, 24, dtype, batch=1, heads=2)
+        query, key, value = draw(150, head_dim, dtype, batch=1, heads=2)
         key[0, 0, place, 5] = float("nan")
         value[0, 1, place, 5] = float("nan")
         got = backend.attention(query, key, value, 0.3)
         assert bool(got[0, 0, 0].isnan().all())
         assert got[0, 0, 1].isnan().nonzero().tolist() == [[5]]
-    query, key, value = draw(150, 24, dtype, batch=1, heads=1)
+    query, key, value = draw(150, head_dim, dtype, batch=1, heads=1)
     query[..., 0], key[0, 0, 80, 0] = 1, float("inf")
     assert bool(backend.attention(query, key, value, 0.3).isnan().all())  # inf - inf, as in torch
 
@@ -131,8 +135,17 @@ def small_model(dtype=torch.float32, **fields):
 
 @pytest.fixture
 def calls(library, monkeypatch):
-    """The key dtypes of all calls of the kernel by a model; the kernels of this process are the C ones."""
+    """The key dtypes of all steps by the kernel in a model, alone or in a fused layer; the kernels are the C ones."""
     seen = []
+
+    class LayerRecorder:
+        def __init__(self, layer):
+            self.start, self.finish = layer.start, layer.finish
+            self.fused_step = layer.step
+
+        def step(self, x, cos, sin, keys, *rest):
+            seen.append(keys.dtype)
+            return self.fused_step(x, cos, sin, keys, *rest)
 
     class Recorder:
         def __getattr__(self, name):
@@ -141,6 +154,9 @@ def calls(library, monkeypatch):
         def attention(self, query, key, value, *rest):
             seen.append(key.dtype)
             return library.attention(query, key, value, *rest)
+
+        def layer(self, *args):
+            return LayerRecorder(library.layer(*args))
 
     recorder = Recorder()
     monkeypatch.setattr(kernels, "cpu_backend", lambda: recorder)

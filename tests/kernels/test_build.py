@@ -51,6 +51,9 @@ def stand_in(tmp_path, monkeypatch):
     (sources / "kernels.h").write_text("")
     (sources / "linear.c").write_text(STAND_IN)
     (sources / "attention.c").write_text("void attention_decode(void) {}\n")
+    (sources / "layer.c").write_text(
+        "void layer_start(void) {}\nvoid layer_finish(void) {}\nvoid layer_step(void) {}\n"
+    )
     monkeypatch.setattr(cpu, "FOLDER", sources)
     monkeypatch.setenv("CHATGLM_KERNELS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
