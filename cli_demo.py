@@ -5,6 +5,9 @@ What is unusual here:
   the block still growing is redrawn, never more of it than fits the screen. So nothing flickers and nothing is lost.
 - Ctrl-C breaks off the model's step, but never a line half drawn.
 - Between model and terminal stands `printable`: no text of a model can send an escape sequence.
+- `save` and `load` lose nothing: a file is replaced only by the same conversation grown longer, and a conversation only
+  once it is saved. They are commands only with the name of one file that ends in .json, so that "load balancing" and
+  "save a.json, how?" are questions.
 """
 
 import argparse
@@ -12,10 +15,12 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -28,8 +33,13 @@ from rich.segment import SegmentLines
 
 import utils
 
-WELCOME = "欢迎与 {title} 对话：输入问题后按回车；输入 clear 清空对话历史，输入 stop 结束。回答途中按 Ctrl-C 停止回答。"
+WELCOME = (
+    "欢迎与 {title} 对话：输入问题后按回车；输入 clear 清空对话历史，输入 stop 结束。回答途中按 Ctrl-C 停止回答。\n"
+    "输入 save 文件名.json 保存对话，输入 load 文件名.json 接着保存过的对话谈。"
+)
 USER = "用户："
+FILE_COMMAND = re.compile(r"""(save|load)(?:\s+(?:"([^"]+\.json)"|'([^']+\.json)'|(\S+\.json)))?""")
+PREVIEW_ROUNDS, PREVIEW_CHARACTERS = 2, 32  # what is shown of a loaded conversation
 FRAME_SECONDS = 0.04  # the model works at least this long between two drawings: a fast one is not slowed down by them
 
 # All but tab and newline; and half surrogate pairs, which stand for keyboard bytes that are not UTF-8.
@@ -239,6 +249,74 @@ def reply(model, tokenizer, query, history, show, options):
     return history
 
 
+def save(history, file):
+    """Write the conversation to a JSON file; returns its path.
+
+    Raises ValueError if the file exists and has more in it than the beginning of this conversation, OSError if it
+    cannot be written.
+    """
+    from chatglm.chat import history_from_json, history_to_json
+
+    path = Path(os.path.realpath(os.path.expanduser(file)))
+    if path.exists():
+        try:
+            saved = history_from_json(path.read_bytes()) if path.is_file() else None
+        except ValueError:
+            saved = None
+        if saved is None or saved != history[: len(saved)]:
+            raise ValueError(f"{path} 已存在，内容不是这次对话的开头，不会覆盖它：请换一个文件名。")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a full disk leaves the file that was there as it was
+        part = Path(folder, path.name)
+        part.write_text(history_to_json(history), encoding="utf-8", newline="\n")
+        part.replace(path)
+    return path
+
+
+def load(file):
+    """The path and the conversation of a JSON file.
+
+    Raises ValueError if it holds something else, OSError if it cannot be read.
+    """
+    from chatglm.chat import history_from_json
+
+    path = Path(os.path.realpath(os.path.expanduser(file)))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} 不是文件。")
+    return path, history_from_json(path.read_bytes())
+
+
+def preview(history):
+    """The last rounds of a conversation, a line for each question and answer."""
+
+    def shorten(text):
+        line = " ".join(text.split())
+        return line if len(line) <= PREVIEW_CHARACTERS else line[:PREVIEW_CHARACTERS] + "…"
+
+    rounds = [f"  问：{shorten(query)}\n  答：{shorten(answer)}" for query, answer in history[-PREVIEW_ROUNDS:]]
+    return "\n".join([*["  …"] * (len(history) > PREVIEW_ROUNDS), *rounds])
+
+
+def use_file(command, file, history, kept):
+    """Do `save FILE` or `load FILE`, saying what happened; returns the history and what of it a file holds."""
+    try:
+        if file is None:
+            raise ValueError(f"{command} 需要一个以 .json 结尾的文件名，例如：{command} 对话.json")
+        if command == "save":
+            note(f"已保存 {len(history)} 轮对话：{save(history, file)}")
+        elif history != kept:
+            raise ValueError("这次对话还没有保存，所以没有载入：请先用 save 保存，或输入 clear 清空。")
+        else:
+            path, history = load(file)
+            note(f"已载入 {len(history)} 轮对话：{path}\n{preview(history)}".rstrip())
+    except OSError as error:
+        note(f"{file}：{error.strerror or error}")
+        return history, kept
+    except ValueError as error:
+        note(str(error))
+        return history, kept
+    return history, history
+
+
 def chat_loop(model, tokenizer, read, show, **options):
     """Talk until `stop`, the end of input, or Ctrl-C at the prompt; returns the history.
 
@@ -246,12 +324,15 @@ def chat_loop(model, tokenizer, read, show, **options):
     show(answers)  draws one answer from an iterator of its growing texts
     options        what model.stream_chat takes: max_length, top_p, ...
     """
-    history = []
+    history = kept = []
     try:
         while (query := printable(read()).strip()) != "stop":
             if query == "clear":
-                history = []
+                history = kept = []
                 note("对话历史已清空。")
+            elif match := FILE_COMMAND.fullmatch(query):
+                command, _, quoted, plain = match.groups()
+                history, kept = use_file(command, quoted or plain, history, kept)
             elif query:
                 history = reply(model, tokenizer, query, history, show, options)
     except (EOFError, KeyboardInterrupt):

@@ -113,7 +113,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="below 1 more predictable, above 1 more varied; 0 always takes the likeliest token (default: 0.95)",
     )
     group.add_argument(
-        "--seed", type=int, help="whole number that makes sampled answers repeatable (default: different every time)"
+        "--seed", type=_seed, help="whole number that makes sampled answers repeatable (default: different every time)"
     )
 
 
@@ -141,7 +141,8 @@ def _number(kind: type, claim: str, holds: Callable) -> Callable:
     return parse
 
 
-_positive_int = _number(int, "a whole number above 0", lambda value: value > 0)
+_positive_int = _number(int, "a whole number from 1 to 2147483647", lambda value: 0 < value < 2**31)
+_seed = _number(int, "a whole number of at most 64 bits", lambda value: -(2**63) <= value < 2**64)
 _probability = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 _temperature = _number(float, "from 0 to 100", lambda value: 0 <= value <= 100)
 

@@ -1,6 +1,11 @@
-"""Conversation <-> text: the prompt of a chat, the clean-up of an answer, and `chat` / `stream_chat` of the model."""
+"""Conversation <-> text: the prompt of a chat, the clean-up of an answer, and `chat` / `stream_chat` of the model.
 
+A conversation is kept in a file as JSON; every front door saves and restores the same form.
+"""
+
+import json
 import re
+import reprlib
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -13,9 +18,11 @@ from .generation import SAFE_TOKEN_ID, InvalidScoreLogitsProcessor
 
 History = Sequence[tuple[str, str]]
 
+FILE_FORMAT, FILE_VERSION = "chatglm-conversation", 1
 REPLACEMENT_CHARACTER = "\ufffd"  # what decoding shows for a character whose bytes are not complete
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 FOLD = str.maketrans({wide: sign for sign, wide in FULL_WIDTH.items()})
+MOST_TOKENS = 2**31 - 1  # a limit that no text reaches
 GREEDY_BELOW = 1e-3  # so low a temperature leaves nothing to chance, and dividing by it can overflow
 HANZI = "[\u4e00-\u9fff]"
 BESIDE_HANZI = [
@@ -41,6 +48,48 @@ def process_response(text: str) -> str:
     return text
 
 
+def decode_response(tokenizer, ids: torch.Tensor) -> str:
+    """The answer as shown, of its ids [length]; a character whose bytes are not all there is left out."""
+    return process_response(tokenizer.decode(ids.tolist()).replace(REPLACEMENT_CHARACTER, ""))
+
+
+def fit_prompt(
+    tokenizer, query: str, history: History, max_length: int, max_new_tokens: int | None = None, keep: int = 0
+) -> tuple[list[int], int]:
+    """Ids of the prompt, and how many rounds were left out of it so that it leaves room for an answer.
+
+    Left out are the oldest rounds behind the first `keep`. Room is an eighth of max_length, or max_new_tokens if that
+    is less. Raises ValueError if what must stay does not fit into max_length.
+    """
+
+    def encode(dropped: int) -> list[int]:
+        rounds = [*history[:keep], *history[keep + dropped :]]
+        *ids, last = tokenizer(build_prompt(query, rounds))["input_ids"]
+        # A <sop> that someone typed would end the prompt there.
+        return [i for i in ids if i != tokenizer.bos_token_id] + [last]
+
+    dropped, ids, most = 0, encode(0), len(history) - keep
+    longest = max_length - min(max_new_tokens or max_length, max(1, max_length // 8))
+    if most > 0 and len(ids) > longest:
+        dropped = bisect_left(range(most), True, lo=1, key=lambda dropped: len(encode(dropped)) <= longest)
+        ids = encode(dropped)
+    if len(ids) >= max_length:
+        what = "query and history have" if dropped < len(history) else "the query has"
+        raise ValueError(
+            f"{what} {len(ids)} tokens and max_length is {max_length}: "
+            f"shorten the text or raise max_length above {len(ids)}"
+        )
+    return ids, dropped
+
+
+def dropped_note(dropped: int, rounds: int, max_length: int) -> str:
+    """What the user is told of rounds that `fit_prompt` left out."""
+    return (
+        f"dropped the oldest {dropped} of {rounds} rounds of history to leave room for an answer within "
+        f"max_length {max_length}"
+    )
+
+
 def check_text(name: str, text: str) -> None:
     """Raises TypeError if text is not a string, ValueError if it holds half of a surrogate pair."""
     if not isinstance(text, str):
@@ -61,10 +110,54 @@ def check_history(history: History | None) -> list[tuple[str, str]]:
         raise TypeError(f"history must be a list of (query, response) pairs, got {type(history).__name__}")
     for i, pair in enumerate(history):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"history[{i}] must be a (query, response) pair, got {pair!r}")
+            raise ValueError(f"history[{i}] must be a (query, response) pair, got {reprlib.repr(pair)}")
         check_text(f"the query of history[{i}]", pair[0])
         check_text(f"the response of history[{i}]", pair[1])
     return [(query, response) for query, response in history]
+
+
+def history_to_json(history: History | None) -> str:
+    """The text of a JSON file that keeps the conversation.
+
+    `{"format": "chatglm-conversation", "version": 1, "history": [["问", "答"], ...]}`, one string to a line.
+    Raises TypeError or ValueError unless history is a list of (query, response) pairs of strings.
+    """
+    content = {"format": FILE_FORMAT, "version": FILE_VERSION, "history": check_history(history)}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def history_from_json(text: str | bytes) -> list[tuple[str, str]]:
+    """The conversation that history_to_json wrote; a bare list of [query, response] pairs is read as well.
+
+    text  JSON, as bytes in UTF-8
+
+    Raises ValueError, with one sentence for the user, if text is anything else.
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"a saved conversation is JSON in UTF-8, got the byte 0x{text[error.start]:02X} at {error.start}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "lists within lists without end" if isinstance(error, RecursionError) else error
+        raise ValueError(f"a saved conversation is JSON, got something else: {reason}") from None
+    if isinstance(content, dict):
+        if content.get("format") != FILE_FORMAT or "history" not in content:
+            raise ValueError(f'a saved conversation has "format": "{FILE_FORMAT}" and a "history", this file has not')
+        version = content.get("version")
+        if version != FILE_VERSION:
+            raise ValueError(
+                f"a saved conversation has version {FILE_VERSION}, got {reprlib.repr(version)}: "
+                "a newer program may have written it"
+            )
+        content = content["history"]
+    if not isinstance(content, list):
+        raise ValueError(f"a saved conversation is a list of [query, response] pairs, got {reprlib.repr(content)}")
+    try:
+        return check_history(content)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def check_number(name: str, value, low: float, high: float, allowed: str) -> None:
@@ -72,7 +165,11 @@ def check_number(name: str, value, low: float, high: float, allowed: str) -> Non
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        try:
+            got = str(value)
+        except ValueError:  # Python writes no number of more than 4300 digits
+            got = "one of thousands of digits"
+        raise ValueError(f"{name} must be {allowed}, got {got if len(got) <= 40 else f'{got[:20]}...'}")
 
 
 def check_count(name: str, value, low: int, high: float, allowed: str) -> None:
@@ -80,6 +177,33 @@ def check_count(name: str, value, low: int, high: float, allowed: str) -> None:
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
     check_number(name, value, low, high, allowed)
+
+
+def check_options(
+    max_length: int, max_new_tokens: int | None, top_p: float, temperature: float, seed: int | None
+) -> None:
+    """Raises TypeError or ValueError unless these are options that `chat` can use."""
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if name == "max_length" or value is not None:
+            check_count(name, value, 1, float("inf"), "a whole number of tokens, at least 1")
+            check_count(name, value, 1, MOST_TOKENS, f"at most {MOST_TOKENS} tokens")
+    check_number("top_p", top_p, 0, 1, "a number from 0 to 1")
+    check_number("temperature", temperature, 0, 100, "a number from 0 to 100")
+    if seed is not None:
+        check_count("seed", seed, -(2**63), 2**64 - 1, "a whole number of at most 64 bits")
+
+
+def check_stop(stop: Sequence[str] | str | None) -> list[str]:
+    """The stop strings as a new list; TypeError or ValueError for anything but non-empty strings."""
+    if isinstance(stop, str):
+        stop = [stop]
+    elif not isinstance(stop, Sequence | None):
+        raise TypeError(f"stop must be a string or a list of strings, got {type(stop).__name__}")
+    for string in stop or ():
+        check_text("a stop string", string)
+        if not string:
+            raise ValueError("a stop string must not be empty")
+    return list(stop or ())
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
@@ -198,20 +322,17 @@ class ChatMixin:
         """Everything checked: history, inputs of the model, options of `generate`, stop strings."""
         check_text("query", query)
         history = check_history(history)
-        check_count("max_length", max_length, 1, float("inf"), "a whole number of tokens, at least 1")
-        if max_new_tokens is not None:
-            check_count("max_new_tokens", max_new_tokens, 1, float("inf"), "a whole number of tokens, at least 1")
-        check_number("top_p", top_p, 0, 1, "a number from 0 to 1")
-        check_number("temperature", temperature, 0, 100, "a number from 0 to 100")
-        if seed is not None:
-            check_count("seed", seed, -(2**63), 2**64 - 1, "a whole number of at most 64 bits")
-        stop = [stop] if isinstance(stop, str) else list(stop or [])
-        for string in stop:
-            check_text("a stop string", string)
-            if not string:
-                raise ValueError("a stop string must not be empty")
+        check_options(max_length, max_new_tokens, top_p, temperature, seed)
+        stop = check_stop(stop)
 
-        ids = self._fit_prompt(tokenizer, query, history, max_length, max_new_tokens, truncate_history)
+        keep = 0 if truncate_history else len(history)
+        ids, dropped = fit_prompt(tokenizer, query, history, max_length, max_new_tokens, keep)
+        if dropped:
+            warnings.warn(
+                f"{dropped_note(dropped, len(history), max_length)}; truncate_history=False turns this off",
+                UserWarning,
+                stacklevel=3,
+            )
         input_ids = torch.tensor([ids], device=self.device)
         # All ones: a literal <pad> in the query is text, not padding.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -227,42 +348,9 @@ class ChatMixin:
             options["max_new_tokens"] = max_new_tokens
         return history, inputs, options, stop
 
-    @staticmethod
-    def _fit_prompt(tokenizer, query, history, max_length, max_new_tokens, truncate_history) -> list[int]:
-        """Ids of the prompt, without the oldest rounds if they leave no room for an answer within max_length.
-
-        Room is an eighth of max_length, or max_new_tokens if that is less.
-        """
-
-        def encode(first_round: int) -> list[int]:
-            *ids, last = tokenizer(build_prompt(query, history[first_round:]))["input_ids"]
-            # A <sop> that someone typed would end the prompt there.
-            return [i for i in ids if i != tokenizer.bos_token_id] + [last]
-
-        dropped, ids = 0, encode(0)
-        longest = max_length - min(max_new_tokens or max_length, max(1, max_length // 8))
-        if history and truncate_history and len(ids) > longest:
-            dropped = bisect_left(range(len(history)), True, lo=1, key=lambda first: len(encode(first)) <= longest)
-            ids = encode(dropped)
-        if len(ids) >= max_length:
-            what = "query and history have" if dropped < len(history) else "the query has"
-            raise ValueError(
-                f"{what} {len(ids)} tokens and max_length is {max_length}: "
-                f"shorten the text or raise max_length above {len(ids)}"
-            )
-        if dropped:
-            warnings.warn(
-                f"dropped the oldest {dropped} of {len(history)} rounds of history to leave room for an answer within "
-                f"max_length {max_length}; truncate_history=False turns this off",
-                UserWarning,
-                stacklevel=4,
-            )
-        return ids
-
     def _generator(self, seed: int | None) -> torch.Generator | None:
         return None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
     @staticmethod
     def _response(tokenizer, ids: torch.Tensor, inputs: dict) -> str:
-        text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :].tolist())
-        return process_response(text.replace(REPLACEMENT_CHARACTER, ""))
+        return decode_response(tokenizer, ids[0, inputs["input_ids"].shape[1] :])

@@ -21,7 +21,7 @@ ANSWERS = {
 class SlowModel:
     config = SimpleNamespace(name_or_path="somewhere/chatglm-6b")
 
-    def stream_chat(self, tokenizer, query, history, seconds_per_character=0.002):
+    def stream_chat(self, tokenizer, query, history, seconds_per_character=0.002, **options):
         if query == "太长":
             raise ValueError("the question has 3000 tokens, max_length is 2048")
         if query == "忘记":

@@ -1,6 +1,10 @@
-"""`chat` and `stream_chat`: prompts, history, limits, stop strings, seeds, whole characters and refusals."""
+"""`chat` and `stream_chat`: prompts, history, limits, stop strings, seeds, whole characters and refusals.
+
+And conversations kept as JSON.
+"""
 
 import itertools
+import json
 import warnings
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm.chat import build_prompt, check_history, process_response
+from chatglm.chat import build_prompt, check_history, history_from_json, history_to_json, process_response
 
 VOCABULARY = Path(__file__).parent / "golden" / "tokenizer" / "mini_ice_text.model"
 
@@ -280,9 +284,13 @@ def test_closing_the_stream_stops_the_work(scripted, tokenizer):
         ({"temperature": -0.1}, ValueError, "temperature must be a number from 0 to 100, got -0.1"),
         ({"temperature": "warm"}, TypeError, "temperature must be a number from 0 to 100, got str"),
         ({"stop": [""]}, ValueError, "a stop string must not be empty"),
+        ({"stop": 5}, TypeError, "stop must be a string or a list of strings, got int"),
+        ({"stop": {"a": 1}}, TypeError, "stop must be a string or a list of strings, got dict"),
         ({"stop": [5]}, TypeError, "a stop string must be a string, got int"),
         ({"seed": 1.5}, TypeError, "seed must be a whole number of at most 64 bits, got float"),
         ({"seed": 2**70}, ValueError, "seed must be a whole number of at most 64 bits"),
+        ({"seed": 10**300}, ValueError, r"64 bits, got 10{19}\.\.\.$"),
+        ({"seed": 10**5000}, ValueError, "64 bits, got one of thousands of digits"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(scripted, tokenizer, arguments, kind, sentence):
@@ -296,3 +304,62 @@ def test_bad_arguments_are_refused_in_one_sentence(scripted, tokenizer, argument
 
 def test_history_of_json_lists_is_accepted():
     assert check_history([["a", "b"]]) == [("a", "b")]
+
+
+# Saved conversations --------------------------------------------------------------------------------------------------
+
+
+def test_saved_conversation_is_json_that_people_can_read():
+    assert history_to_json([("问", "答")]) == (
+        '{\n "format": "chatglm-conversation",\n "version": 1,\n "history": [\n  [\n   "问",\n   "答"\n  ]\n ]\n}\n'
+    )
+
+
+@pytest.mark.parametrize(
+    "history", [[], [("", "")], [('a\n"b"', "\r\n\u2028\0<script>"), ("😀", "\ufeff"), ("[[x]]", "\\ud800")]]
+)
+def test_saved_conversation_comes_back_as_it_was(history):
+    text = history_to_json(history)
+    assert history_from_json(text) == history_from_json(text.encode()) == history
+
+
+def test_other_ways_to_write_a_conversation_are_read():
+    assert history_from_json('[["a", "b"]]') == [("a", "b")]
+    assert history_from_json("[]") == []
+    assert history_from_json('\ufeff[["问", "\\ud83d\\ude00"]]'.encode()) == [("问", "😀")]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is JSON, got something else: Expecting value"),
+        ("[" * 100_000, "is JSON, got something else: lists within lists"),
+        ("9" * 5000, "is JSON, got something else: Exceeds the limit"),
+        (b"[\xff]", "is JSON in UTF-8, got the byte 0xFF at 1"),
+        ("NaN", "is a list of .* pairs, got nan"),
+        ('"text"', "is a list of .* pairs, got 'text'"),
+        ("{}", '"format": "chatglm-conversation" and a "history", this file has not'),
+        ('{"history": [["a", "b"]]}', "this file has not"),
+        ('{"format": "chatglm-conversation", "version": 1}', "this file has not"),
+        ('{"format": "chatglm-conversation", "version": 2, "history": []}', "has version 1, got 2"),
+        ('{"format": "chatglm-conversation", "version": 1, "history": null}', "is a list of .* pairs, got None"),
+        ('["ab"]', r"history\[0\] must be a \(query, response\) pair, got 'ab'"),
+        ('[["a", "b"], ["c"]]', r"history\[1\] must be a \(query, response\) pair, got \['c'\]"),
+        ('[{"a": 1, "b": 2}]', r"history\[0\] must be a \(query, response\) pair, got {'a': 1, 'b': 2}"),
+        ('[["a", null]]', r"the response of history\[0\] must be a string, got NoneType"),
+        ('[["a\\ud800", "b"]]', "lone surrogate .* at index 1"),
+        ("[" * 500 + "]" * 500, r"history\[0\] must be a \(query, response\) pair, got \[\[\["),
+        (json.dumps([["a" * 10_000]]), r"history\[0\] must be a \(query, response\) pair, got \['aa"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_in_one_short_sentence(text, sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        history_from_json(text)
+    assert len(str(refusal.value)) < 200 and "\n" not in str(refusal.value)
+
+
+def test_what_is_no_history_is_not_saved():
+    with pytest.raises(ValueError, match="lone surrogate"):
+        history_to_json([("a", "\ud800")])
+    with pytest.raises(TypeError, match="history must be a list"):
+        history_to_json("ab")

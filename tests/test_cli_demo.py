@@ -1,6 +1,7 @@
 """The terminal demo through its front doors: a real terminal (pty, drawn by pyte), a pipe, and `chat_loop` itself."""
 
 import io
+import json
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import cli_demo
+from chatglm.chat import history_from_json
 
 pexpect = pytest.importorskip("pexpect")
 pyte = pytest.importorskip("pyte")
@@ -161,6 +163,21 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(open_terminal):
 
 
 @on_a_terminal
+def test_conversation_is_saved_and_goes_on_later(open_terminal, tmp_path):
+    terminal = open_terminal(HOME=str(tmp_path), USERPROFILE=str(tmp_path))
+    assert "save 文件名.json" in terminal.text() and "load 文件名.json" in terminal.text()
+    terminal.ask("你好", r"收到【你好】\n\n用户：")
+    terminal.ask("save ~/对话.json", r"已保存 1 轮对话：(?s:.*)\n\n用户：")
+    assert (tmp_path / "对话.json").is_file()
+
+    terminal.ask("再见", r"收到【再见】\n\n用户：")
+    terminal.ask("load ~/对话.json", r"还没有保存，所以没有载入(?s:.*)\n\n用户：")
+    terminal.ask("clear", r"清空。\n\n用户：")
+    terminal.ask("load ~/对话.json", r"已载入 1 轮对话：(?s:.*)\n  问：你好\n  答：收到【你好】\n\n用户：")
+    terminal.ask("历史", r"共 1 轮，上次说到【收到【你好】】\n\n用户：")
+
+
+@on_a_terminal
 @pytest.mark.parametrize("key", [CTRL_C, CTRL_D])
 def test_ctrl_c_and_ctrl_d_at_the_prompt_end_with_exit_code_0(open_terminal, key):
     terminal = open_terminal()
@@ -256,6 +273,28 @@ def test_remarks_go_to_stderr():
         "dropped the oldest round",
         "对话历史已清空。",
     ]
+
+
+def test_pipe_saves_and_loads(tmp_path):
+    file = tmp_path / "a b.json"
+    done = run(f"你好\nsave '{file}'\n再见\nsave '{file}'\nclear\nload '{file}'\n历史\n".encode())
+    assert done.returncode == 0
+    assert json.loads(file.read_text("utf-8")) == {
+        "format": "chatglm-conversation",
+        "version": 1,
+        "history": [["你好", "收到【你好】"], ["再见", "收到【再见】"]],
+    }
+    assert done.stderr.decode().splitlines() == [
+        f"已保存 1 轮对话：{file}",
+        f"已保存 2 轮对话：{file}",
+        "对话历史已清空。",
+        f"已载入 2 轮对话：{file}",
+        "  问：你好",
+        "  答：收到【你好】",
+        "  问：再见",
+        "  答：收到【再见】",
+    ]
+    assert done.stdout.decode().endswith("ChatGLM-6B：共 2 轮，上次说到【收到【再见】】\n\n用户：\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
@@ -355,6 +394,116 @@ def test_ctrl_c_while_drawing_waits_for_the_line_and_stops_before_the_next_token
 
 def test_ctrl_c_before_the_first_token_leaves_the_history_as_it_was():
     assert cli_demo.chat_loop(CountingModel(interrupt_at=1), None, reader("a"), list) == []
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder that file names are relative to."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def chat(*lines):
+    """The history after a conversation of these lines with a CountingModel."""
+    return cli_demo.chat_loop(CountingModel(), None, reader(*lines), list)
+
+
+def test_save_never_replaces_another_conversation(folder, capsys):
+    chat("a", "b", "save ab.json")
+    saved = (folder / "ab.json").read_bytes()
+    for lines in (["c", "save ab.json"], ["a", "save ab.json"], ["save ab.json"]):  # another, shorter, empty
+        capsys.readouterr()
+        chat(*lines)
+        assert "ab.json 已存在，内容不是这次对话的开头，不会覆盖它" in capsys.readouterr().err
+        assert (folder / "ab.json").read_bytes() == saved
+    for content in ("", "{}", "[]x"):
+        (folder / "other.json").write_text(content)
+        chat("a", "save other.json")
+        assert (folder / "other.json").read_text() == content
+
+
+def test_save_replaces_the_beginning_of_the_same_conversation(folder):
+    chat("a", "save a.json", "b", "save a.json")
+    assert history_from_json((folder / "a.json").read_bytes()) == [("a", "123456789"), ("b", "123456789")]
+    assert chat("load a.json", "c", "save a.json", "save a.json") == [(name, "123456789") for name in "abc"]
+    assert len(history_from_json((folder / "a.json").read_bytes())) == 3
+    assert os.listdir(folder) == ["a.json"]
+
+
+def test_save_that_fails_leaves_the_earlier_file(folder, capsys, monkeypatch):
+    chat("a", "save a.json")
+    saved = (folder / "a.json").read_bytes()
+
+    def full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert len(chat("load a.json", "b", "save a.json", "c")) == 3
+    assert "a.json：No space left on device\n" in capsys.readouterr().err
+    assert (folder / "a.json").read_bytes() == saved and os.listdir(folder) == ["a.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_save_through_a_link_keeps_the_link(folder):
+    (folder / "link.json").symlink_to(folder / "real.json")
+    chat("a", "save link.json")
+    assert (folder / "link.json").is_symlink() and (folder / "real.json").is_file()
+
+
+def test_load_never_throws_away_what_was_said(folder, capsys):
+    chat("a", "save a.json")
+    assert chat("b", "load a.json") == [("b", "123456789")]
+    assert "还没有保存，所以没有载入" in capsys.readouterr().err
+    assert chat("b", "save b.json", "load a.json") == chat("b", "clear", "load a.json") == [("a", "123456789")]
+
+
+def test_load_that_fails_is_one_sentence_and_the_conversation_goes_on(folder, capsys):
+    (folder / "folder.json").mkdir()
+    (folder / "text.json").write_text("hello")
+    (folder / "GBK.json").write_bytes("你好".encode("gbk"))
+    chat("a", "save a.json")
+    lines = ["load a.json", *(f"load {name}" for name in ("none.json", "folder.json", "text.json", "no/a.json"))]
+    capsys.readouterr()
+    assert chat(*lines, "load GBK.json", "load", "save no/a.json", "b") == [
+        ("a", "123456789"),
+        ("b", "123456789"),
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        f"已载入 1 轮对话：{folder / 'a.json'}",
+        "  问：a",
+        "  答：123456789",
+        "none.json：No such file or directory",
+        f"{folder / 'folder.json'} 不是文件。",
+        "a saved conversation is JSON, got something else: Expecting value: line 1 column 1 (char 0)",
+        "no/a.json：No such file or directory",
+        "a saved conversation is JSON in UTF-8, got the byte 0xC4 at 0",
+        "load 需要一个以 .json 结尾的文件名，例如：load 对话.json",
+        "no/a.json：No such file or directory",
+    ]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "save the whales",
+        "load balancing",
+        "save a.json, how?",
+        "save a b.json",
+        "load data from a.json",
+        "saved.json",
+        'save "a" or "b.json"',
+        "Save a.json",
+    ],
+)
+def test_question_that_begins_like_a_command_is_answered(folder, question):
+    assert chat(question) == [(question, "123456789")]
+    assert os.listdir(folder) == []
+
+
+def test_preview_of_a_loaded_conversation_is_short():
+    history = [("a", "b"), ("长" * 500, "一\n\n二"), ("", "x" * 32)]
+    assert cli_demo.preview(history) == f"  …\n  问：{'长' * 32}…\n  答：一 二\n  问：\n  答：{'x' * 32}"
+    assert cli_demo.preview([]) == ""
 
 
 def test_warning_filters_of_the_caller_are_left_alone():
