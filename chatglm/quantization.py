@@ -22,7 +22,7 @@ ACTIVATIONS = ("int8", "int16", "bf16", "float32")
 NARROW = 2048
 # Matrix entries handled at a time, which bounds what a large matrix needs beside itself. On a CPU, blocks that stay in
 # its cache make the plain product of one row ten times as fast.
-BLOCK, CPU_BLOCK = 1 << 24, 1 << 20
+BLOCK, CPU_BLOCK = 1 << 24, 1 << 19
 
 _packing = threading.Lock()
 
@@ -55,9 +55,9 @@ def quantize_weight(
     scale = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     for rows in _row_blocks(weight, weight.shape[1]):
         block = weight[rows].to(dtype)
-        scale[rows] = block.abs().amax(dim=1) / largest
+        scale[rows] = torch.maximum(block.amax(dim=1), -block.amin(dim=1)).abs() / largest
         divisor = torch.where(scale[rows] == 0, 1, scale[rows])[:, None]  # a row of zeros has scale 0
-        integers = (block / divisor).round().clamp(-largest, largest).to(torch.int8)
+        integers = (block / divisor).round_().clamp_(-largest, largest).to(torch.int8)
         packed[rows] = integers if bits == 8 else (integers[:, 0::2] << 4) | (integers[:, 1::2] & 15)
     if not bool(scale.isfinite().all()):
         raise ValueError("a matrix with NaN or infinite entries cannot be quantised: the weights are damaged")
