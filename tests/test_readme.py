@@ -1,9 +1,15 @@
-"""What the two READMEs promise holds: same commands, existing files, memory, running snippets, the command of CI."""
+"""What the two READMEs promise holds: commands, flags, files, memory, snippets, curl lines, the command of CI."""
 
+import importlib
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,11 +18,22 @@ ROOT = Path(__file__).resolve().parents[1]
 CHINESE = (ROOT / "README.md").read_text(encoding="utf-8")
 ENGLISH = (ROOT / "README_en.md").read_text(encoding="utf-8")
 BOTH = pytest.mark.parametrize("text", [CHINESE, ENGLISH], ids=["README.md", "README_en.md"])
+SCRIPTS = ["cli_demo", "web_demo", "web_demo2", "api", "stream_api", "openai_api"]
+ENVIRONMENT = {
+    **os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "2", "CHATGLM_API_KEY": "", "no_proxy": "127.0.0.1"
+}  # fmt: skip
+PATIENCE = 60  # seconds; machines that run tests are busy
 
 
 def code_blocks(text):
     """(language, code) of every fenced block, in order."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def section(text, heading):
+    """What stands between a heading and the next one, of whatever level."""
+    (body,) = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return body
 
 
 def table_keys(text, pattern):
@@ -41,7 +58,14 @@ def test_both_readmes_have_the_same_sections_flags_and_files():
 
     assert levels(CHINESE) == levels(ENGLISH)
     assert table_keys(CHINESE, r"`--\w+`") == table_keys(ENGLISH, r"`--\w+`")
-    assert paths(CHINESE)[1:] == paths(ENGLISH)[1:]  # the first link is the one to the other language
+    in_english = [path.replace("_en.png", ".png") for path in paths(ENGLISH)]  # the page, in its own language
+    assert paths(CHINESE)[1:] == in_english[1:]  # the first link is the one to the other language
+
+
+@BOTH
+def test_files_of_the_model_and_all_scripts_are_listed(text):
+    modules = [f"chatglm/{file.name}" for file in (ROOT / "chatglm").glob("*.py") if file.name != "__init__.py"]
+    assert {*modules, *(f"{script}.py" for script in SCRIPTS), "serving.py", "utils.py"} <= set(paths(text))
 
 
 @BOTH
@@ -56,11 +80,49 @@ def test_anchors_name_a_heading(text):
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= slugs
 
 
-def test_flag_table_lists_every_flag_of_the_terminal_chat():
-    from cli_demo import build_parser
+def parser_of(script):
+    return importlib.import_module(script).build_parser()
 
-    flags = [action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"]
-    assert sorted(table_keys(CHINESE, r"`--\w+`")) == sorted(f"`{flag}`" for flag in flags)
+
+@BOTH
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flag_tables_list_every_flag_of_a_script(text, script):
+    listed = []
+    tables = section(text, "参数" if text is CHINESE else "Flags").strip().split("\n\n")
+    for introduction, table in zip(tables[::2], tables[1::2], strict=True):
+        for flag, second_cell in re.findall(r"^\| `(--\w+)` \| ([^|]+)", table, flags=re.MULTILINE):
+            scripts = re.findall(r"`(\w+)\.py`", second_cell) or re.findall(r"`(\w+)\.py`", introduction)
+            listed += [flag] * (script in scripts)
+    flags = [action.option_strings[-1] for action in parser_of(script)._actions if action.dest != "help"]
+    assert sorted(listed) == sorted(flags)
+
+
+def test_commands_have_flags_that_their_scripts_understand():
+    commands = "".join(code for language, code in code_blocks(CHINESE) if language == "bash")
+    calls = re.findall(rf"\b({'|'.join(SCRIPTS)})\.py(?: --)?((?: [^|&\n]+)?)$", commands, flags=re.MULTILINE)
+    assert {script for script, _ in calls} == set(SCRIPTS)
+    for script, flags in calls:
+        parser_of(script).parse_args(flags.split())  # exits if it does not
+
+
+@BOTH
+def test_addresses_are_those_the_servers_have_without_flags(text):
+    import web_demo2
+
+    ports = {str(parser_of(script).get_default("port")) for script in ("web_demo", "api", "stream_api", "openai_api")}
+    assert set(re.findall(r"http://127\.0\.0\.1:(\d+)", text)) == {*ports, str(web_demo2.PORT)}
+
+
+@BOTH
+def test_tables_list_every_field(text):
+    import api
+    import stream_api
+
+    options = [*api.Question.model_fields]
+    assert table_keys(section(text, "api.py"), r"`\w+`") == [f"`{name}`" for name in options]
+    assert {"request_id", "query", *options} - {"prompt"} == {"request_id", *stream_api.FIELDS}
+    shown = [json.loads(code) for language, code in code_blocks(section(text, "stream_api.py")) if language == "json"]
+    assert table_keys(section(text, "stream_api.py"), r"`\w+`") == [f"`{name}`" for name in shown[-1]["response"]]
 
 
 @BOTH
@@ -92,18 +154,85 @@ def test_dialogue_is_what_the_embedded_model_says(model, tokenizer):
     assert len(history) == 6
 
 
-def test_python_snippets_run(embedded):
-    code = "".join(code for language, code in code_blocks(CHINESE) if language == "python")
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "2"}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-    )
+def run_python(code):
+    """What a snippet prints; it runs in the repository's folder."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) >= 3
+    return run.stdout
+
+
+def test_python_snippets_run(embedded):
+    codes = [code for language, code in code_blocks(CHINESE) if language == "python"]
+    output = run_python("".join(code for code in codes if "base_url" not in code))  # those need a server, see below
+    assert len(output.splitlines()) >= 3
+
+
+@contextmanager
+def server(script):
+    """The base URL of a script, started as the README says, but at a free port and on the CPU."""
+    command = [sys.executable, script, "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            log = ""
+            while not (match := re.search(r"listening on (http://127\.0\.0\.1:\d+)$", log, flags=re.MULTILINE)):
+                line = process.stderr.readline()
+                assert line, f"{script} ended: {log}"
+                log += line
+            yield match[1]
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE)
+
+
+def curl_lines(text):
+    """(command, answer that the README shows or None) of every curl line, in order."""
+    return re.findall(r"^```bash\n(curl .*)\n```$(?:\n\n```json\n([^`]+)^```$)?", text, flags=re.MULTILINE)
+
+
+def fixed(answer):
+    """What of an answer is the same every time."""
+    if isinstance(answer, dict):
+        varying = ("id", "created", "time", "timestamp")
+        return {name: fixed(value) if name not in varying else "..." for name, value in answer.items()}
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("script, count", [("api.py", 3), ("stream_api.py", 2), ("openai_api.py", 2)])
+def test_curl_lines_and_snippets_get_the_answers_that_are_shown(script, count):
+    common, own = section(CHINESE, "HTTP 接口"), section(CHINESE, script)
+    assert ("bash", f".venv/bin/python {script}\n") in code_blocks(own)
+    lines = curl_lines(common) + curl_lines(own)
+    assert len(lines) == 1 + count == (common + own).count("\ncurl ")
+
+    with server(script) as url:
+
+        def at_server(code):
+            assert code.count("http://127.0.0.1:8000") == 1
+            return code.replace("http://127.0.0.1:8000", url)
+
+        def ask(line):
+            run = subprocess.run(shlex.split(at_server(line)), env=ENVIRONMENT, capture_output=True, timeout=PATIENCE)
+            assert run.returncode == 0, run.stderr
+            return run.stdout.decode()
+
+        for line, shown in lines:
+            answer = ask(line)
+            deadline = time.monotonic() + PATIENCE
+            while "/get_response" in line and not json.loads(answer)["response"]["is_finished"]:
+                assert time.monotonic() < deadline
+                answer = ask(line)
+            if shown:
+                assert fixed(json.loads(answer)) == fixed(json.loads(shown))
+            else:
+                chunks = re.findall(r"^data: (.+)$", answer, flags=re.MULTILINE)
+                assert chunks.pop() == "[DONE]"
+                pieces = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]
+                assert "".join(pieces) == "你好，小林！很高兴认识你。"
+        for language, code in code_blocks(own):
+            if language == "python":
+                assert run_python(at_server(code)) == "你好，小林！很高兴认识你。"
 
 
 def test_ci_runs_exactly_the_test_command():
