@@ -50,6 +50,7 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes device and dtype of the first keys, except for float32 if another dtype was given."""
         super().lazy_initialization(key_states, value_states)
+        self.dtype = key_states.dtype
         if self.stored_dtype is not None and self.dtype == torch.float32:
             self.dtype = self.stored_dtype
             self.keys, self.values = self.keys.to(self.dtype), self.values.to(self.dtype)
