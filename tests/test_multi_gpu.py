@@ -227,7 +227,9 @@ def test_split_model_computes_with_the_kernels_too(folder, tmp_path):
     whole, tokenizer = utils.load_model(folder, device="cpu", quantization_bit=4)
     device_map = {"": "cpu", layer(1): "disk"}
     split, _ = utils.load_model(folder, device_map=device_map, offload_folder=tmp_path, quantization_bit=4)
-    assert torch.equal(logits_and_answer(split, tokenizer)[0], logits_and_answer(whole, tokenizer)[0])
+    # Layers with accelerate's hooks are computed module by module, the others in one call: equal to float32 rounding.
+    logits = [logits_and_answer(model, tokenizer)[0] for model in (split, whole)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_on_disk_are_quantised_and_go_with_the_model(folder, tmp_path):
