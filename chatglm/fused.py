@@ -8,7 +8,7 @@ every token, when the weights have just swept the processor's caches, so it is w
 import torch
 from torch import nn
 
-from .quantization import QuantizedLinear, stored_together
+from .quantization import LAYERS, QuantizedLinear, stored_together
 
 
 class FusedLayer:
@@ -46,9 +46,9 @@ class _Parts:
         self.plain = type(self.attention) is attention_class and type(mlp) is mlp_class
         self.linears = ()
         if self.plain:
-            inner += [(self.attention, name) for name in ("query_key_value", "dense")]
-            inner += [(mlp, name) for name in ("dense_h_to_4h", "dense_4h_to_h")]
-            self.linears = tuple(getattr(parent, name) for parent, name in inner[4:])
+            paths = [path.rpartition(".") for path in LAYERS]
+            inner += [(block.get_submodule(parent), name) for parent, _, name in paths]
+            self.linears = tuple(block.get_submodule(path) for path in LAYERS)
         self.places = [(parent._modules, name) for parent, name in inner]
         self.modules = [modules[name] for modules, name in self.places]
         self.plain &= all(type(linear) is QuantizedLinear for linear in self.linears)
