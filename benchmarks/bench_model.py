@@ -24,6 +24,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm.cache import CACHE_NAME
 from utils import DEFAULT_MODEL, load_model
 
 CONTEXTS = (32, 256, 1024)  # prompt lengths, tokens
@@ -125,7 +126,7 @@ def decode_times(model, length, steps):
         output = model(
             token,
             position_ids=position_ids,
-            past_key_values=output.past_key_values,
+            past_key_values=output[CACHE_NAME],
             use_cache=True,
             logits_to_keep=1,
         )

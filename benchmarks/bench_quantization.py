@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.bench_model import full_config, peak_memory, random_prompt, stream_chat_times
 from chatglm import ChatGLMForConditionalGeneration, kernels
+from chatglm.cache import CACHE_NAME
 from pretraining.corpus import CORPUS_FOLDER, EVALUATION_FILE, heldout_examples, load_dialogues
 from pretraining.evaluate import ask, evaluation_questions, likelihoods
 from utils import DEFAULT_MODEL, free_memory, load_model, main_errors
@@ -165,7 +166,7 @@ class Session:
             self.output = self.model(
                 token,
                 position_ids=position_ids,
-                past_key_values=self.output.past_key_values,
+                past_key_values=self.output[CACHE_NAME],
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -178,7 +179,7 @@ class Session:
         transformer = self.model.transformer
         modules = (transformer.layers, transformer.final_layernorm, self.model.lm_head)
         weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
-        config, layer = self.model.config, self.output.past_key_values.layers[0]
+        config, layer = self.model.config, self.output[CACHE_NAME].layers[0]
         return weights, 2 * config.num_layers * config.hidden_size * layer.keys.element_size()
 
 

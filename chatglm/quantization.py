@@ -117,6 +117,26 @@ def linear(
     return product if bias is None else product + bias
 
 
+class _KernelProduct(torch.autograd.Function):
+    """What `CpuKernels.linear` gives, with gradients for x and bias: those of the product before x was rounded."""
+
+    @staticmethod
+    def forward(ctx, x, bias, packed, scale, bits, activations, kernels):
+        ctx.save_for_backward(packed, scale)
+        ctx.bits, ctx.kernels = bits, kernels
+        return kernels.linear(x, packed, scale, bias, bits, activations)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        packed, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.kernels.linear_back(grad_output, packed, scale, ctx.bits)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None, None, None, None, None
+
+
 def _row_blocks(matrix: torch.Tensor, columns: int) -> list[slice]:
     step = max(1, (CPU_BLOCK if matrix.device.type == "cpu" else BLOCK) // max(1, columns))
     return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
@@ -244,15 +264,17 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
-        if self.activations != "float32" and not needs_grad:
-            if x.device.type == "cpu":
-                weight, backend = self.pack()
-                if backend is not None:
-                    return backend.linear(x, weight, self.weight_scale, self.bias, self.bits, self.activations)
-            elif x.device.type == "cuda":
-                kernels = fast_kernels()
-                if kernels and kernels.cuda.usable(x, self.weight):
-                    return kernels.cuda.linear(x, self.weight, self.weight_scale, self.bias, self.bits)
+        if self.activations != "float32" and x.device.type == "cpu":
+            weight, backend = self.pack()
+            if backend is not None and needs_grad:
+                arguments = weight, self.weight_scale, self.bits, self.activations, backend
+                return _KernelProduct.apply(x, self.bias, *arguments)
+            if backend is not None:
+                return backend.linear(x, weight, self.weight_scale, self.bias, self.bits, self.activations)
+        if self.activations != "float32" and x.device.type == "cuda" and not needs_grad:
+            kernels = fast_kernels()
+            if kernels and kernels.cuda.usable(x, self.weight):
+                return kernels.cuda.linear(x, self.weight, self.weight_scale, self.bias, self.bits)
         # In published order from here on: the way back may need the bytes of every layer at once.
         return linear(x, self.publish(), self.weight_scale, self.bias, self.bits)
 

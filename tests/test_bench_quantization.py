@@ -203,6 +203,7 @@ def test_impossible_requests_end_with_a_sentence(tmp_path, capsys, monkeypatch):
     assert "GB of free memory together with INT4, and 1.0 GB are free: name fewer --candidates" in said()
 
 
+@pytest.mark.slow
 def test_quality_of_dequantised_weights_is_that_of_the_embedded_model(capsys):
     results = measure_quality(limit=1, settings=((8, "float32"),))
     assert [(result["bits"], result["embedding"]) for result in results] == [(32, 32), (8, 8), (4, 8)]

@@ -66,6 +66,9 @@ class Reversing:
     def linear(self, x, packed, scale, bias, bits, activations):
         return quantization.linear(x, packed.flip(0, 1), scale, bias, bits)
 
+    def linear_back(self, grad, packed, scale, bits):
+        return grad @ dequantize_weight(packed.flip(0, 1), scale, bits, grad.dtype)
+
     def embedding(self, ids, packed, scale, bits):
         return dequantize_weight(packed.flip(0, 1)[ids], scale[ids], bits, torch.float32)
 
@@ -134,12 +137,16 @@ def test_other_bits_and_odd_widths_are_refused():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [1 << 24, 1])  # the whole matrix at once, and row by row
+@pytest.mark.parametrize("block", [1 << 24, 1, None])  # the whole matrix at once, row by row, and kernels
 def test_gradients_are_those_of_the_dequantized_matrix(bits, block, monkeypatch):
-    monkeypatch.setattr(quantization, "CPU_BLOCK", block)
+    backend = block is None and Reversing()
+    monkeypatch.setattr(
+        quantization, "fast_kernels", lambda: types.SimpleNamespace(cpu_backend=lambda: backend or None)
+    )
+    monkeypatch.setattr(quantization, "CPU_BLOCK", block or 1)
     layer = QuantizedLinear.from_linear(nn.Linear(10, 6), bits)
     x = torch.randn(2, 3, 10, requires_grad=True)
-    weight = dequantize_weight(layer.weight, layer.weight_scale, bits, torch.float32)
+    weight = dequantize_weight(layer.weight.clone(), layer.weight_scale, bits, torch.float32)
     want_x = x.detach().clone().requires_grad_()
     want = nn.functional.linear(want_x, weight, layer.bias.detach())
     got = layer(x)
@@ -149,6 +156,7 @@ def test_gradients_are_those_of_the_dequantized_matrix(bits, block, monkeypatch)
     torch.testing.assert_close(x.grad, want_x.grad)
     assert layer.weight.grad is None and layer.weight_scale.grad is None
     torch.testing.assert_close(layer.bias.grad, 6 * torch.arange(6.0))
+    assert layer.stored()[1] is (backend or None)  # bytes that kernels have laid out stay so
 
 
 # models
@@ -265,6 +273,19 @@ def test_prefix_encoder_takes_gradients_through_quantized_layers(no_kernels):
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert list(grads) == ["transformer.prefix_encoder.embedding.weight"]
     assert grads["transformer.prefix_encoder.embedding.weight"].abs().sum() > 0
+
+
+def test_gradients_through_the_kernels_of_this_machine_point_where_exact_ones_do():
+    gradients = []
+    for activations in ("float32", "int16"):  # the first is the plain product
+        model = small_model(pre_seq_len=3).quantize(4, quantize_embeddings=True)
+        set_activations(model, activations)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append(model.transformer.prefix_encoder.embedding.weight.grad.flatten())
+    exact, got = gradients
+    # Each of 3 layers rounds what comes back to bfloat16 four times, by 1 part in 512 at most.
+    assert float((got - exact).norm() / exact.norm()) < 0.01
+    assert exact.norm() > 0
 
 
 def test_activations_are_checked_and_set_everywhere():
@@ -388,12 +409,10 @@ def test_weights_packed_before_the_way_back_give_the_same_gradients(backend):
 
 def test_training_keeps_one_copy_of_the_weights(backend):
     layer = QuantizedLinear.from_linear(nn.Linear(8, 4), 8)
-    published = layer.weight.clone()
-    layer.pack()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(torch.randn(1, 8, requires_grad=True))
-    assert torch.equal(layer.weight, published)
+    assert layer.stored()[1] is backend
     assert layer.weight.data_ptr() in [tensor.data_ptr() for tensor in kept]
 
 
@@ -438,9 +457,3 @@ def test_a_split_model_forgets_the_address_of_a_table_that_moved(backend, tmp_pa
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, expected)
         assert torch.equal(model(IDS).logits, expected)
-
-
-def test_matrix_with_gradients_is_never_given_to_kernels(backend):
-    layer = QuantizedLinear.from_linear(nn.Linear(8, 4), 8)
-    layer(torch.randn(1, 8, requires_grad=True)).sum().backward()
-    assert backend.packed == 0

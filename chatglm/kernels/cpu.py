@@ -79,6 +79,7 @@ SIGNATURES = {
     "weight_pack": (None, (_p, _p, _n, _n, _i, _i)),
     "weight_unpack": (None, (_p, _p, _n, _n, _i, _i)),
     "linear": (_i, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _i, _i, _i)),
+    "linear_back": (_i, (_p, _p, _p, _n, _n, _n, _i, _i)),
     "embedding": (None, (_p, _n, _p, _p, _i, _p, _n, _n, _i, _i)),
     "attention_decode": (None, (_p, _p, _p, _i, _p, _p, _n, _n, _n, _n, ctypes.POINTER(_n), _f, _i)),
     "layer_start": (_i, (_layer_p, _p, _p, _p, _n, _p, _p, _n, _i)),
@@ -417,6 +418,30 @@ class CpuKernels:
         if failed:
             raise MemoryError(f"no memory to multiply {rows} rows of {columns} values")
         return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def linear_back(self, grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+        """grad [..., out] times the dequantised matrix, [..., in]: what `linear` gives back to its x.
+
+        The result has the dtype of grad; grad times scale is rounded to bfloat16, sums are float32.
+        """
+        columns, out = _columns(packed, bits), packed.shape[0]
+        if not grad.dim() or grad.shape[-1] != out or not grad.is_cpu:
+            raise ValueError(f"grad must be [..., {out}] on the CPU, got {list(grad.shape)} on {grad.device}")
+        values = (_float32(grad) * _scale(scale, out)).contiguous()
+        y = values.new_empty(*grad.shape[:-1], columns)
+        rows = y.numel() // columns if columns else 0
+        if self.library.linear_back(
+            values.data_ptr(),
+            packed.data_ptr(),
+            y.data_ptr(),
+            rows,
+            columns,
+            out,
+            bits,
+            torch.get_num_threads(),
+        ):
+            raise MemoryError(f"no memory to multiply {rows} rows of {out} values")
+        return y.to(grad.dtype)
 
     def layer(self, norms, matrices, num_heads: int, alpha: float, scaling: float) -> "CpuLayer":
         """One layer of the network, see CpuLayer.

@@ -81,6 +81,8 @@ EXPORT void weight_pack(const int8_t *weight, int8_t *tiles, int64_t out, int64_
 EXPORT void weight_unpack(const int8_t *tiles, int8_t *weight, int64_t out, int64_t in, int bits, int threads);
 EXPORT int linear(const float *x, const int8_t *tiles, const void *scale, int scale_type, const float *bias, float *y,
                   int64_t rows, int64_t in, int64_t out, int bits, int activations, int threads);
+EXPORT int linear_back(const float *x, const int8_t *tiles, float *y, int64_t rows, int64_t in, int64_t out, int bits,
+                       int threads);
 EXPORT void embedding(const int64_t *ids, int64_t count, const int8_t *tiles, const void *scale, int scale_type,
                       float *y, int64_t out, int64_t in, int bits, int threads);
 EXPORT void attention_decode(const float *query, const void *key, const void *value, int kv_type, const uint8_t *mask,

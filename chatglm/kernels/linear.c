@@ -3,6 +3,8 @@
  * linear        y[m][o] = scale[o] * sum_i x[m][i] * w[o][i] + bias[o], w small integers
  * Why C         one row (decode) runs as fast as memory delivers the weights, many rows (prefill) near the processor's
  *               peak for 8-bit products; dequantise-and-matmul moves many times the bytes (benchmarks/README.md).
+ * linear_back   y[m][i] = sum_o x[m][o] * w[o][i], the way of a gradient: from the same tiles, so that a model that is
+ *               trained holds its weights once
  *
  * Tiles         weight_pack rearranges the published bytes, same size for every shape, so that 16 output rows are 16
  *               lanes of one vector, there is never a sum across lanes, and a tile is one stream of memory:
@@ -815,7 +817,7 @@ static TARGET_AVX512_BF16 void bf16_tile(const Job *job, int64_t tile, const uin
     }
 }
 
-/* Two tiles of weights as pairs of bf16 [pairs][16][2], times a block of tokens; sums [tokens][2][16] += product. */
+/* Two panels of weights as pairs of bf16 [pairs][16][2], times a block of tokens; sums [tokens][2][16] += product. */
 static TARGET_AVX512_BF16 void bf16_block(const uint16_t *w0, const uint16_t *w1, const uint16_t *x, int pairs,
                                           float *sums) {
     __m512 sum0[BLOCK], sum1[BLOCK];
@@ -1022,4 +1024,171 @@ int linear(const float *x, const int8_t *tiles, const void *scale, int scale_typ
     if (activations == 2)
         return linear_two_terms(x, tiles, scale, scale_type, bias, y, rows, in, out, bits, threads);
     return linear_direct(x, tiles, scale, scale_type, bias, y, rows, in, out, bits, activations, threads);
+}
+
+/* ---- linear_back ------------------------------------------------------------------------------------------------- */
+
+/* Here a lane is a column of w, and sums go over its rows.  A strip is 32 columns, two vectors; where one tile crosses
+ * one of them, 16 rows and 16 columns, lie 2 (INT4) or 4 (INT8) steps. */
+
+/* Those steps of a tile w; where the matrix ends before them, completed in scratch: such columns are not stored. */
+static const uint8_t *crossing(const Layout *layout, const uint8_t *w, int64_t column, uint8_t *scratch) {
+    int64_t first = column / layout->columns, left = layout->steps - first, steps = LANES / layout->columns;
+    if (left >= steps) return w + first * STEP_BYTES;
+    memset(scratch, 0, (size_t)(steps * STEP_BYTES));
+    if (left > 0) memcpy(scratch, w + first * STEP_BYTES, (size_t)(left * STEP_BYTES));
+    return scratch;
+}
+
+/* A crossing as floats, panel [16 rows][16 columns]. */
+INLINE void crossing_floats_of(const uint8_t *w, const int bits, float *panel) {
+    for (int step = 0; step < bits / 2; step++)
+        for (int row = 0; row < LANES; row++)
+            for (int i = 0; i < 32 / bits; i++) {
+                int byte = w[step * STEP_BYTES + 4 * row + i % 4], value = bits == 8 ? byte : byte >> i / 4 * 4 & 15;
+                panel[row * LANES + step * (32 / bits) + i] = (float)(value - (bits == 8 ? 128 : 8));
+            }
+}
+
+static void crossing_floats(const uint8_t *w, int bits, float *panel) {
+    if (bits == 4)
+        crossing_floats_of(w, 4, panel);
+    else
+        crossing_floats_of(w, 8, panel);
+}
+
+#ifdef KERNELS_X86
+
+/* A crossing as pairs of bf16, panel [8 pairs of rows][16 columns][2], exact. */
+INLINE TARGET_AVX512_BF16 void crossing_pairs(const uint8_t *w, const int bits, __m512i table, uint16_t *panel) {
+    const __m128i flip = _mm_set1_epi8((char)0x80);
+    /* 8 bytes of each of two steps, two rows in each: their low nibbles are columns 0..3, the high ones 4..7 */
+    const __m512i words = _mm512_set_epi64(
+        (int64_t)0x800f800b800e800a, (int64_t)0x800d8009800c8008, (int64_t)0x800f800b800e800a, (int64_t)0x800d8009800c8008,
+        (int64_t)0x8007800380068002, (int64_t)0x8005800180048000, (int64_t)0x8007800380068002, (int64_t)0x8005800180048000);
+    const __m512i high = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
+                                          0x0004000400040004, 0, 0);
+    const __m128i bytes = _mm_set_epi64x(0x0f0b0e0a0d090c08, 0x0703060205010400);
+    UNROLL for (int pair = 0; pair < LANES / 2; pair++, w += 8) {
+        __m128i q[2];
+        UNROLL for (int i = 0; i < bits / 4; i++) {
+            const uint8_t *from = w + 2 * i * STEP_BYTES;
+            q[i] = _mm_unpacklo_epi64(_mm_loadl_epi64((const void *)from),
+                                      _mm_loadl_epi64((const void *)(from + STEP_BYTES)));
+        }
+        __m512i v;
+        if (bits == 4) {
+            v = _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(q[0]), words), high);
+            v = _mm512_permutexvar_epi16(v, table);
+        } else {
+            __m512 f[2];
+            UNROLL for (int i = 0; i < 2; i++)
+                f[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(_mm_xor_si128(q[i], flip), bytes)));
+            v = (__m512i)_mm512_cvtne2ps_pbh(f[1], f[0]);
+        }
+        _mm512_storeu_si512(panel + pair * 2 * LANES, v);
+    }
+}
+
+/* 32 columns and all prepared rows; sums [rows][32].  256 rows of the matrix at a time become bf16 in first-level cache
+ * and meet every block of tokens.  scratch: one tile. */
+static TARGET_AVX512_BF16 void bf16_strip(const Job *job, const Layout *layout, int64_t column, uint8_t *scratch,
+                                          float *sums) {
+    enum { TILES = 16 };
+    const __m512i table = nibble_table();
+    const int64_t blocks = (job->rows + BLOCK - 1) / BLOCK, tiles = (layout->out + LANES - 1) / LANES;
+    uint16_t panel[2][TILES * LANES * LANES];
+    uint8_t ends[4 * STEP_BYTES];
+    for (int64_t first = 0; first < tiles; first += TILES) {
+        int64_t count = tiles - first < TILES ? tiles - first : TILES;
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t *w = whole_steps(layout, job->tiles, first + i, scratch);
+            for (int half = 0; half < 2; half++) {
+                const uint8_t *from = crossing(layout, w, column + half * LANES, ends);
+                if (layout->bits == 4)
+                    crossing_pairs(from, 4, table, panel[half] + i * LANES * LANES);
+                else
+                    crossing_pairs(from, 8, table, panel[half] + i * LANES * LANES);
+            }
+        }
+        for (int64_t block = 0; block < blocks; block++)
+            bf16_block(panel[0], panel[1], (const uint16_t *)job->x + block * job->block_values + first * LANES * BLOCK,
+                       (int)count * LANES / 2, sums + block * BLOCK * 2 * LANES);
+    }
+}
+
+#endif
+
+/* 16 columns, in the same way as floats; sums [rows][16]. */
+static void float_strip(const Job *job, const Layout *layout, int64_t column, int level, uint8_t *scratch,
+                        float *sums) {
+    enum { TILES = GROUP / LANES };
+    const int64_t blocks = (job->rows + FLOAT_TOKENS - 1) / FLOAT_TOKENS, tiles = (layout->out + LANES - 1) / LANES;
+    float panel[TILES * LANES * LANES];
+    uint8_t ends[4 * STEP_BYTES];
+    (void)level;
+    for (int64_t first = 0; first < tiles; first += TILES) {
+        int64_t count = tiles - first < TILES ? tiles - first : TILES;
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t *w = whole_steps(layout, job->tiles, first + i, scratch);
+            crossing_floats(crossing(layout, w, column, ends), layout->bits, panel + i * LANES * LANES);
+        }
+        for (int64_t block = 0; block < blocks; block++) {
+            const float *x = (const float *)job->x + block * job->block_values + first * LANES * FLOAT_TOKENS;
+            float *to = sums + block * FLOAT_TOKENS * LANES;
+            int rows = (int)count * LANES;
+#ifdef KERNELS_X86
+            if (level >= LEVEL_AVX512)
+                avx512_dot(panel, x, rows, FLOAT_TOKENS, NULL, to);
+            else if (level == LEVEL_AVX2)
+                avx2_dot(panel, x, rows, FLOAT_TOKENS, NULL, to);
+            else
+#endif
+                plain_dot(panel, x, rows, FLOAT_TOKENS, NULL, to);
+        }
+    }
+}
+
+/* linear_back: y = x @ w, where linear is x @ (w * scale).T: the caller has multiplied x by the scales.
+ *   x [rows, out] float32, rounded to bf16;  tiles, bits as in linear;  y [rows, in] float32, not overlapping x
+ * Returns 0, or -1 if there is no memory (y is not complete then). */
+int linear_back(const float *x, const int8_t *tiles, float *y, int64_t rows, int64_t in, int64_t out, int bits,
+                int threads) {
+    const Layout layout = layout_of(out, in, bits);
+    const int level = kernels_level(), is_bf16 = level == LEVEL_AVX512_BF16;
+    const int tokens = is_bf16 ? BLOCK : FLOAT_TOKENS, width = is_bf16 ? 2 * LANES : LANES;
+    const int64_t most = rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE, blocks = (most + tokens - 1) / tokens;
+    const int64_t strips = (in + width - 1) / width;
+    /* For store_bf16, the rows of w are the columns of the matrix. */
+    Job job = {.layout = layout_of(in, out, 8), .tiles = (const uint8_t *)tiles, .tokens = tokens,
+               .block_values = tokens * ((out + LANES - 1) / LANES * LANES)};
+    const size_t x_bytes = ((size_t)(blocks * job.block_values) * (is_bf16 ? 2 : 4) + 63) / 64 * 64;
+    const size_t scratch_bytes = (size_t)(layout.steps * STEP_BYTES);
+    uint8_t *memory = calloc(64 + x_bytes + (size_t)threads * scratch_bytes, 1);
+    if (!memory) return -1;
+    job.x = memory;
+    for (int64_t first = 0; first < rows; first += most) {
+        job.rows = rows - first < most ? rows - first : most;
+        const int64_t filled = (job.rows + tokens - 1) / tokens * tokens;
+        OMP(omp parallel for num_threads(threads))
+        for (int64_t row = 0; row < filled; row++)
+            store_bf16(&job, row < job.rows ? x + (first + row) * out : NULL, row, level);
+        OMP(omp parallel for num_threads(threads) schedule(dynamic, 4))
+        for (int64_t strip = 0; strip < strips; strip++) {
+            const int64_t column = strip * width, left = in - column < width ? in - column : width;
+            uint8_t *scratch = memory + x_bytes + thread_index() * scratch_bytes;
+            float sums[ROWS_AT_ONCE * 2 * LANES];
+            memset(sums, 0, (size_t)(filled * width) * sizeof *sums);
+#ifdef KERNELS_X86
+            if (is_bf16)
+                bf16_strip(&job, &layout, column, scratch, sums);
+            else
+#endif
+                float_strip(&job, &layout, column, level, scratch, sums);
+            for (int64_t row = 0; row < job.rows; row++)
+                memcpy(y + (first + row) * in + column, sums + row * width, (size_t)left * sizeof *sums);
+        }
+    }
+    free(memory);
+    return 0;
 }

@@ -168,6 +168,21 @@ class TorchPacked:
             y[:, start:end].view(len(rows), -1, unit)[:, :, _row_order(unit)] = part
         return y
 
+    def linear_back(self, grad, packed, scale, bits):
+        """grad [..., out] times the dequantised matrix, [..., in]: what `linear` gives back to its x."""
+        rows = grad.reshape(-1, len(packed)).float() * scale.float()
+        if bits == 8:
+            y = sum(
+                part @ weight.float() for part, weight in zip(rows.split(BLOCK, 1), packed.split(BLOCK), strict=True)
+            )
+        else:
+            y = rows.new_zeros(len(rows), packed.shape[1] * 2)
+            for start, end, unit in _blocks(len(packed)):
+                weight = _nibbles(packed[start:end], unit).float().sub_(8)  # [blocks, in, rows of a block]
+                part = rows[:, start:end].view(len(rows), -1, unit)[:, :, _row_order(unit)]
+                y += torch.matmul(part.transpose(0, 1), weight.transpose(1, 2)).sum(0)
+        return y.to(grad.dtype).view(*grad.shape[:-1], -1)
+
     def embedding(self, ids, packed, scale, bits):
         """Rows ids [...] of the dequantised matrix: float32 [..., in]. Raises IndexError beyond it."""
         scale = nn.functional.embedding(ids, scale.float()[:, None])

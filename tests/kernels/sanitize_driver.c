@@ -83,6 +83,17 @@ static void run_linear(int64_t rows, int64_t in, int64_t out, int bits, int thre
                 }
             }
         }
+        float *grad = floats((size_t)(rows * out)), *back = floats((size_t)(rows * in));
+        if (linear_back(grad, tiles, back, rows, in, out, bits, threads)) exit(2);
+        for (int64_t i = 0; i < rows * in; i++) {
+            double sum = 0, size = 0;
+            for (int64_t o = 0; o < out; o++) {
+                double product = (double)grad[i / in * out + o] * weight_at(weight, o, i % in, in, bits);
+                sum += product, size += fabs(product);
+            }
+            check(fabs(back[i] - sum) <= size / 256 + 1e-6, "linear_back", rows, in, out, bits);
+        }
+        release(grad, 4), release(back, 4);
         int64_t *ids = buffer((size_t)rows, 8);
         float *table = floats((size_t)(rows * in));
         for (int64_t i = 0; i < rows; i++) ids[i] = (int64_t)(draw() % (uint32_t)out);

@@ -40,6 +40,7 @@ void weight_pack(void) {}
 void weight_unpack(void) {}
 int linear(void) { return -1; }
 void embedding(void) {}
+void linear_back(void) {}
 """
 
 
@@ -298,6 +299,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(stand_in, monk
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_good_library(stand_in):
     program = f"""
 import runpy
@@ -349,6 +351,7 @@ def test_cache_folder_is_where_the_platform_keeps_caches(monkeypatch, platform, 
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_import_does_nothing_and_the_command_compiles_and_says_where(stand_in):
     program = f"""
 import runpy

@@ -104,6 +104,50 @@ def test_more_rows_than_are_prepared_at_once(backend, bits, activations):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_the_way_back_equals_the_same_arithmetic_in_float64(backend, bits):
+    for out, columns in (*SHAPES, (1000, 300)):
+        weight, scale, _, _ = draw(out, columns, bits, 1)
+        packed, matrix = backend.pack(weight, bits), unpack_weight(weight, bits).double()
+        grad = torch.randn(300, out, generator=torch.Generator().manual_seed(1))
+        rounded = (grad * scale).bfloat16().double()
+        for rows in (*ROWS, 300):  # 300 are more than are prepared at once
+            got = backend.linear_back(grad[:rows], packed, scale, bits).double()
+            size = rounded[:rows].abs() @ matrix.abs()
+            assert ((got - rounded[:rows] @ matrix).abs() / size.clamp(min=1e-30)).max() < TOLERANCE, (
+                out,
+                columns,
+                rows,
+            )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_way_back_keeps_rows_apart_and_does_not_depend_on_threads(backend, bits):
+    weight, scale, _, _ = draw(300, 130, bits, 1)
+    packed, grad, before = backend.pack(weight, bits), torch.randn(3, 2, 300), torch.get_num_threads()
+    want = backend.linear_back(grad, packed, scale, bits)
+    assert want.shape == (3, 2, 130) and backend.linear_back(grad.half(), packed, scale, bits).dtype == torch.float16
+    grad[1, 0, 7] = float("nan")
+    try:
+        torch.set_num_threads(1)
+        got = backend.linear_back(grad, packed, scale.double(), bits)
+    finally:
+        torch.set_num_threads(before)
+    assert not got[1, 0].isfinite().any()
+    got[1, 0] = want[1, 0]
+    assert torch.equal(got, want)
+
+
+def test_the_way_back_of_nothing_and_of_other_widths(library):
+    weight, scale, _, _ = draw(20, 200, 8, 1)
+    packed = library.pack(weight, 8)
+    assert library.linear_back(torch.ones(0, 20), packed, scale, 8).shape == (0, 200)
+    assert not library.linear_back(torch.ones(3, 0), packed[:0], scale[:0], 8).any()
+    assert library.linear_back(torch.ones(3, 20), library.pack(weight[:, :0], 8), scale, 8).shape == (3, 0)
+    with pytest.raises(ValueError, match=r"grad must be \[..., 20\] on the CPU, got \[3, 200\]"):
+        library.linear_back(torch.ones(3, 200), packed, scale, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_extreme_weights_and_activations_do_not_overflow(backend, bits):
     scale, bias = torch.ones(32), torch.zeros(32)
     for byte in (-128, 0x77 if bits == 4 else 127, -0x78):  # INT4: -8 and 0, 7 and 7, -8 and -8

@@ -55,6 +55,17 @@ def test_product_is_that_of_the_dequantised_matrix(kernels, shape, bits, rows):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_way_back_is_through_the_dequantised_matrix(kernels, shape, bits):
+    weight, scale = stored_matrix(*shape, bits)
+    grad = torch.randn(2, 3, shape[0])
+    want = grad @ dequantize_weight(weight, scale, bits, torch.float32)
+    got = kernels.linear_back(grad, kernels.pack(weight, bits), scale, bits)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert kernels.linear_back(grad.bfloat16(), kernels.pack(weight, bits), scale, bits).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_embedding_is_exactly_the_dequantised_row(kernels, bits):
     weight, scale = stored_matrix(112, 96, bits)
     ids = torch.randint(0, 112, (2, 30))
@@ -79,6 +90,7 @@ def test_shapes_that_torch_cannot_do_are_left_to_plain_torch(kernels):
     assert kernels.supports(17, 32, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_bytes_and_values_are_right_on_lesser_processors(capability):
     """Torch packs in another order there, and below AVX2 its operators are too slow to use."""
