@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent / "chatglm" / "tiny")
@@ -41,6 +40,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER_OR_NAME",
         help="folder of a checkpoint, or its name on the Hugging Face hub such as THUDM/chatglm-6b "
         "(default: the small model that comes with this program)",
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="what tuning made of that model: folder of a P-Tuning v2 prefix or a LoRA adapter (default: none)",
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub checkpoint (default: its main branch)")
     group.add_argument(
@@ -119,8 +123,11 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> dict:
     """The keyword arguments of `load_model` that the flags stand for."""
-    names = "model_name_or_path revision device dtype quantization_bit embedding_bit activations num_gpus device_map"
-    return {name: getattr(args, name) for name in names.split()}
+    names = (
+        *("model_name_or_path", "adapter", "revision", "device", "dtype", "quantization_bit", "embedding_bit"),
+        *("activations", "num_gpus", "device_map"),
+    )
+    return {name: getattr(args, name) for name in names}
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -573,6 +580,7 @@ def _move_to_disk(module, name: str, folder: str) -> dict[str, dict[str, str]]:
 def load_model(
     model_name_or_path: str | os.PathLike = DEFAULT_MODEL,
     *,
+    adapter: str | os.PathLike | None = None,
     revision: str | None = None,
     device: str = "auto",
     dtype=None,
@@ -586,6 +594,7 @@ def load_model(
     """Model (in eval mode) and tokenizer of a checkpoint; says on stderr what was loaded, in a line or two.
 
     model_name_or_path  folder, or `owner/name` on the Hugging Face hub; code inside the checkpoint is never run
+    adapter             folder of a P-Tuning v2 prefix or a LoRA adapter that was trained on this model
     revision            branch, tag or commit on the hub
     device              "auto" (first of cuda:0, cuda:1, ..., mps, cpu that has room) or one of these
     dtype               "float32", "bfloat16", "float16" or the torch dtype; None takes what suits the device (see
@@ -608,6 +617,7 @@ def load_model(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
+    from chatglm.adapters import apply_adapter, check_adapter, open_adapter
     from chatglm.checkpoint import load_tokenizer, load_weights, open_checkpoint
     from chatglm.quantization import set_activations
 
@@ -623,20 +633,24 @@ def load_model(
         raise ValueError("device, num_gpus and device_map each say where the model goes: give one of them")
 
     checkpoint = open_checkpoint(model_name_or_path, revision)
+    opened = None if adapter is None else open_adapter(adapter)
     if embedding_bit is not None and not (quantization_bit or checkpoint.config.quantization_bit):
         raise ValueError("embedding_bit is for a model whose layers are quantised: add quantization_bit 4 or 8")
     bits, reason = quantization_bit or 0, ""
-    checkpoint.config_for(bits, embedding_bit)  # refuses what the files cannot be
+    config = checkpoint.config_for(bits, embedding_bit)  # refuses what the files cannot be
+
+    def free(place: str) -> float:
+        return free_memory(place, offload_folder) - (4 * opened.num_parameters if opened else 0)
+
     if num_gpus is None and device_map is None:
-        device, dtype, reason = choose_device(
-            checkpoint, device, dtype, quantization_bit, embedding_bit, devices, free_memory
-        )
+        device, dtype, reason = choose_device(checkpoint, device, dtype, quantization_bit, embedding_bit, devices, free)
         places = {"": device}
     else:
-        free = partial(free_memory, offload_folder=offload_folder)
         places, dtype = choose_places(checkpoint, num_gpus, device_map, dtype, bits, embedding_bit, devices, free)
         device = next(iter(places.values()))
     embedding_bit = default_embedding_bit(checkpoint.config, device, bits, embedding_bit)
+    if opened:
+        check_adapter(opened, _empty_model(config, dtype), places)
 
     tokenizer = load_tokenizer(checkpoint)
     options = getattr(torch, dtype), bits, embedding_bit
@@ -646,10 +660,12 @@ def load_model(
         model = _load_split(checkpoint, places, offload_folder, *options)
     if activations:
         set_activations(model, activations)
+    if opened:
+        model = apply_adapter(model, adapter)
 
     count = checkpoint.num_parameters
     facts = [
-        f"loaded {model_title(model)}",
+        f"loaded {model_title(model)}" + (f" + {opened.folder} ({opened.title})" if opened else ""),
         f"{count / 1e9:.1f} B parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters",
         _form(model, dtype),
         f"{sum(parameter.nbytes for parameter in model.parameters()) / 1e9:.2f} GB",

@@ -5,11 +5,15 @@ attention itself. Here a token is written into the room that is left; a full buf
 tokens longer.
 """
 
+from dataclasses import fields
 from functools import partial
 
 import torch
 from transformers import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What transformers calls a cache that it passes on: "cache" since 5.24.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Tokens by which a buffer grows. A copy of 1024 tokens of ChatGLM-6B takes about 0.1 s, spread over 64 steps of 0.1 s;
 # a buffer has at most 64 tokens too many (1 MiB per layer in float16).
 BLOCK = 64

@@ -18,6 +18,7 @@ from .generation import SAFE_TOKEN_ID, InvalidScoreLogitsProcessor
 
 History = Sequence[tuple[str, str]]
 
+ACKNOWLEDGED = "明白了。"  # the answer to instructions (a system message) that go in front as a first round
 FILE_FORMAT, FILE_VERSION = "chatglm-conversation", 1
 REPLACEMENT_CHARACTER = "\ufffd"  # what decoding shows for a character whose bytes are not complete
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}

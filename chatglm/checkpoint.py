@@ -155,7 +155,7 @@ def open_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Che
     damaged, or of other shapes or bits than the configuration says.
     """
     folder = _find_folder(str(name), revision)
-    config = _read_config(folder)
+    config = read_config(folder)
     config.name_or_path = str(folder) if Path(name).expanduser().is_dir() else str(name)
 
     headers, files = _check_weights(folder, config)
@@ -185,7 +185,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ChatGLMTokenizer:
         )
     _refuse_pointer(path)
     settings_file = folder / "tokenizer_config.json"
-    settings = _read_json(settings_file) if settings_file.exists() else {}
+    settings = read_json(settings_file) if settings_file.exists() else {}
     try:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
         shifted = tokenizer.bos_token_id + FIRST_RELEASE_IMAGE_TOKENS
@@ -247,7 +247,7 @@ def load_weights(
         names = [name for name, file in files.items() if file == path and not name.startswith(skipped)]
         # The largest first: what they need while they are read then comes on top of an empty network.
         names.sort(key=lambda name: not name.startswith((EMBEDDING, HEAD)))
-        for name, stored in _read_tensors(path, names):
+        for name, stored in read_tensors(path, names):
             own_dtype = dtype
             if name.startswith(PREFIX):
                 own_dtype = torch.float32
@@ -328,11 +328,16 @@ def _find_folder(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name} could not be downloaded: {_one_line(error)}") from error
 
 
-def _read_config(folder: Path) -> ChatGLMConfig:
+def read_config(folder: Path) -> ChatGLMConfig:
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a LoRA adapter: give it as --adapter, and the model that it was trained on as "
+            "--model_name_or_path"
+        )
     if not path.is_file():
         raise CheckpointError(f"no config.json in {folder}: copy it there from the model's repository")
-    fields = _read_json(path)
+    fields = read_json(path)
     model_type = fields.get("model_type")
     if model_type != "chatglm":
         raise CheckpointError(
@@ -355,7 +360,7 @@ def _read_config(folder: Path) -> ChatGLMConfig:
         raise CheckpointError(f"{path} is not usable: {_one_line(error)}") from error
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
+def find_weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, all of them present."""
     first = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if first is None:
@@ -368,7 +373,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
         )
     if first.suffix != ".json":
         return [first]
-    weight_map = _read_json(first).get("weight_map")
+    weight_map = read_json(first).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{first} has no weight_map from tensors to files: download it again")
     names = sorted(set(weight_map.values()))
@@ -388,12 +393,12 @@ def _find_weight_files(folder: Path) -> list[Path]:
 
 def _check_weights(folder: Path, config: ChatGLMConfig) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
     """Header and file of every weight of the network, by name, after comparing names, shapes and kinds of numbers."""
-    paths, config_file = _find_weight_files(folder), folder / "config.json"
+    paths, config_file = find_weight_files(folder), folder / "config.json"
     expected = _empty_model(config).state_dict()
     headers: dict[str, torch.Tensor] = {}
     files: dict[str, Path] = {}
     for path in paths:
-        for name, header in _read_headers(path).items():
+        for name, header in read_headers(path).items():
             if IGNORED.search(name):
                 continue
             _check_weight(path, name, header, expected, config, config_file)
@@ -407,7 +412,8 @@ def _check_weights(folder: Path, config: ChatGLMConfig) -> tuple[dict[str, torch
             f"{paths[0] if len(paths) == 1 else folder} lacks {len(missing)} of the model's weights, the first being "
             f"{missing[0]}: "
             + (
-                "it is a P-Tuning prefix, not a whole model"
+                "it is a P-Tuning prefix: give it as --adapter, and the model that it was trained on as "
+                "--model_name_or_path"
                 if prefix_only
                 else "take config.json and the weights from the same model, or download them again"
             )
@@ -460,7 +466,7 @@ def _damage_explained(path: Path) -> Iterator[None]:
         raise CheckpointError(message) from error
 
 
-def _read_headers(path: Path) -> dict[str, torch.Tensor]:
+def read_headers(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of one weight file, on the meta device.
 
     Raises CheckpointError if the file is a Git-LFS pointer, damaged, or holds anything else than tensors.
@@ -476,7 +482,7 @@ def _read_headers(path: Path) -> dict[str, torch.Tensor]:
         }
 
 
-def _read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and content of some tensors of a file, memory-mapped and not yet read, one after the other.
 
     What was read of a mapping counts as used memory until all of it is closed: the file is opened anew, .safetensors
@@ -518,13 +524,13 @@ def _head_equals_embedding(files: dict[str, Path]) -> bool:
             if files[name] == files[other] and files[name].suffix != ".safetensors":
                 tensors = _read_pickle(files[name], "cpu")  # published as one storage under two names
             else:
-                tensors = dict(pair for part in (name, other) for pair in _read_tensors(files[part], [part]))
+                tensors = dict(pair for part in (name, other) for pair in read_tensors(files[part], [part]))
             if not torch.equal(tensors[name], tensors[other]):
                 return False
     return True
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     _refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "max_position_embeddings": "max_sequence_length",
         "layer_norm_eps": "layernorm_epsilon",
     }
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 150528
     hidden_size: int = 4096

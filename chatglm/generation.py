@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationMixin, LogitsProcessor
 
+from .cache import CACHE_NAME
+
 SAFE_TOKEN_ID = 5  # "▁" of a vocabulary without image tokens
 SAFE_TOKEN_SCORE = 5e4
 
@@ -47,7 +49,7 @@ def decode_steps(
     """
     if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
         raise ValueError("stream_generate gives one answer to each prompt, without beams: use generate")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     if cache is not None and cache.get_seq_length():
         raise ValueError(
             "stream_generate starts from an empty cache: a prompt read in both directions has no reusable part"
@@ -141,19 +143,19 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # Only what would become a DynamicCache: a cache of the caller, or of another kind that was asked for, stays.
-        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        kind, given = generation_config.cache_implementation, model_kwargs.get(CACHE_NAME)
         if kind in (None, "dynamic") and given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs[CACHE_NAME] = self.new_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size cannot be used: the prompt attends to itself in both directions")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if self.config.pre_seq_len and cache is not None and cache.get_seq_length():
             # transformers would take the prefix in the cache for tokens of input_ids.
-            raise ValueError("a model with a prefix encoder starts from an empty cache: leave past_key_values out")
+            raise ValueError(f"a model with a prefix encoder starts from an empty cache: leave {CACHE_NAME} out")
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):

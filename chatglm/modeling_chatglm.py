@@ -8,11 +8,14 @@ What is unusual (GLM, arXiv 2103.10360; GLM-130B, arXiv 2210.02414):
 * Queries, keys and values are interleaved per head in one projection.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, sdpa_mask
@@ -22,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import GrowingCache
+from .cache import CACHE_NAME, GrowingCache
 from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .fused import FusedLayer
@@ -268,6 +271,14 @@ class PrefixEncoder(nn.Module):
         )
         return self.dropout(prefix).permute(2, 3, 0, 4, 1, 5)
 
+    @torch.no_grad()
+    def project_once(self) -> None:
+        """Keep what the projection makes of the embedding, and nothing else: the same prefix, for use alone."""
+        if self.config.prefix_projection:
+            self.embedding = nn.Embedding.from_pretrained(self.trans(self.embedding.weight))
+            del self.trans
+            self.config.prefix_projection = False
+
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """What transformers has to know about the family."""
@@ -277,7 +288,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ("ChatGLMBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ("prefix_encoder",)
@@ -289,9 +300,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers; what `freeze` has frozen stays so when it is loaded.
 
-        Raises ValueError if the files hold floats where the configuration says quantised weights, or the reverse.
+        Raises ValueError if the files hold floats where the configuration says quantised weights, or the reverse, or a
+        P-Tuning prefix alone.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model.config.pre_seq_len and any(key.endswith("final_layernorm.weight") for key in info["missing_keys"]):
+            raise ValueError(
+                f"{model.config.name_or_path} holds a P-Tuning prefix, not a whole model: load the model that it was "
+                "trained on, and put the prefix onto it with chatglm.adapters.apply_adapter"
+            )
         for kind, files_are in (("missing_keys", "not quantised"), ("unexpected_keys", "quantised")):
             scales = sorted(key for key in info[kind] if key.endswith("weight_scale"))
             if scales:
@@ -412,9 +429,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             block_sequence_ids=blocks,
             allow_is_causal_skip=False,
+            **{CACHE_NAME: past_key_values},
         )
         if visible is not None and past_length == 0 and pre_seq_len:
             visible = nn.functional.pad(visible, (pre_seq_len, 0), value=visible.dtype == torch.bool)
@@ -430,6 +447,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm, [batch, seq_len, hidden_size].
@@ -438,9 +456,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids     [batch, 2, seq_len]; made from input_ids when absent, required once the cache holds tokens
         attention_mask   [batch, seq_len], 1 = real token, 0 = padding; or bool [batch, 1, query, key], True = hidden
         past_key_values  keys and values of earlier tokens (behind the prefix, if there is one)
+        cache            the same, as transformers calls it since 5.24
 
         Raises ValueError if positions are missing and cannot be made, for other shapes, and for a static cache.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if input_ids is None and inputs_embeds is None:
             raise ValueError("either input_ids or inputs_embeds must be given")
         if inputs_embeds is None:
@@ -487,7 +507,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layernorm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
         )
 
 
@@ -536,7 +556,39 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
         if not layer_bits and not embedding_bits:
             logger.warning("this model is quantised to %d bits already: nothing to do", bits)
         quantize_model(self, layer_bits, embedding_bits)
+        if self._keys_to_ignore_on_save:
+            self._save_prefix_alone()  # scales have come to the names
         return self
+
+    def add_prefix_encoder(self, pre_seq_len: int, prefix_projection: bool = False) -> None:
+        """Put a fresh P-Tuning v2 prefix in front of the layers: from now on it alone learns, and it alone is saved.
+
+        The encoder is in float32, on the device of the embedding. `save_pretrained` then writes config.json and the
+        encoder's tensors, the folder that `adapters.apply_adapter` reads; the rest stays what it was in the base.
+
+        Raises ValueError for a length below 1, and for a model that has a prefix or another adapter already.
+        """
+        config = self.config
+        self.check_no_adapter()
+        if pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len must be a positive number of tokens, got {pre_seq_len}")
+        config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
+        encoder = PrefixEncoder(config).float()  # from N(0, 1), as published; keys and values have about that size
+        self.transformer.prefix_encoder = encoder.to(self.get_input_embeddings().weight.device).train(self.training)
+        self.freeze()
+        self._save_prefix_alone()
+
+    def check_no_adapter(self) -> None:
+        """Raises ValueError if the model has a prefix or a LoRA adapter, on top of which no other can come."""
+        if self.config.pre_seq_len is not None:
+            raise ValueError(f"this model has a prefix of {self.config.pre_seq_len} tokens already: use it without one")
+        if getattr(self, "peft_config", None):  # as peft leaves it
+            raise ValueError("this model has a LoRA adapter already: use it without one, or merge the adapter")
+
+    def _save_prefix_alone(self) -> None:
+        # Trainer, too, knows by this list that what a checkpoint lacks is not lost.
+        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
+        self._keys_to_ignore_on_save = {name for name in names if "prefix_encoder" not in name}
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
         """As in transformers. Raises ValueError if the embedding is quantised."""
@@ -547,11 +599,32 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the folder names its code for every Auto class of this model."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """As in transformers; the folder names its code for every Auto class of this model.
+
+        After `add_prefix_encoder` it holds the prefix alone, and no code. Raises ValueError with a LoRA adapter, which
+        peft's own model saves, unless it is merged.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError("this model has a LoRA adapter: save that through peft's model, or merge it before")
+        if self._keys_to_ignore_on_save:
+            if is_main_process:
+                self._save_prefix(Path(save_directory), state_dict)
+            return
         source = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), source)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def _save_prefix(self, folder: Path, state_dict: dict | None) -> None:
+        name = "transformer.prefix_encoder."
+        tensors = state_dict or self.transformer.prefix_encoder.state_dict(prefix=name)
+        tensors = {key: tensor.float().contiguous() for key, tensor in tensors.items() if key.startswith(name)}
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        vars(config).pop("auto_map", None)  # there is no code beside it
+        config.to_json_file(folder / "config.json")
+        self.generation_config.save_pretrained(folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     @can_return_tuple
     def forward(
@@ -564,6 +637,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, seq_len, vocab_size], and the mean loss if labels [batch, seq_len] are given (-100 = ignored).
@@ -577,6 +651,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -588,7 +663,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )

@@ -165,8 +165,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.encode_pieces(text)
 
     def _convert_token_to_id(self, token):
+        index = self._vocab.get(token)
+        if index is not None:
+            return index
         image = IMAGE_TOKEN.fullmatch(token)
-        return int(image[1]) if image else self._vocab.get(token, self._vocab[str(self.unk_token)])
+        return int(image[1]) if image else self._vocab[str(self.unk_token)]
 
     def _convert_id_to_token(self, index):
         if index < self.num_image_tokens:

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, DynamicLayer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm.cache import BLOCK, GrowingCache, GrowingLayer
+from chatglm.cache import BLOCK, CACHE_NAME, GrowingCache, GrowingLayer
 
 BOS, EOS, MASK, GMASK = 60, 61, 58, 59
 
@@ -293,6 +293,18 @@ def test_answers_equal_those_with_a_cache_of_the_caller(small, options):
     assert torch.equal(result.sequences, expected.sequences)
     for scores, expected_scores in zip(result.scores, expected.scores, strict=True):
         torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_a_cache_are_understood(small, name):
+    ids, given = long_prompt(9), small.new_cache()
+    places = small.get_position_ids(torch.cat((ids, torch.tensor([[5]])), dim=1))
+    with torch.no_grad():
+        expected = small(torch.cat((ids, torch.tensor([[5]])), dim=1), use_cache=False).logits[:, -1]
+        output = small(ids, **{name: given})
+        step = small(torch.tensor([[5]]), position_ids=places[..., -1:], **{name: given})
+    assert output[CACHE_NAME] is step[CACHE_NAME] is given
+    torch.testing.assert_close(step.logits[:, -1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_generate_makes_no_cache_of_its_own_where_another_kind_or_none_is_wanted(small):

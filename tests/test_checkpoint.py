@@ -662,6 +662,7 @@ def test_bin_file_is_opened_anew_after_so_many_bytes(tmp_path, weights, kernels,
     assert len(opened) >= 1 + 4 if save is not save_bin_before_torch_1_6 else len(opened) == 1 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
 @pytest.mark.parametrize("save", [save_safetensors, save_bin], ids=lambda save: save.__name__)
 def test_quantising_while_loading_needs_little_beside_the_quantised_model(tmp_path, save):
@@ -940,7 +941,7 @@ BROKEN = {
             save_file({"transformer.prefix_encoder.embedding.weight": torch.ones(4, 192)}, f / "model.safetensors"),
             edit_json(f / "config.json", pre_seq_len=4),
         ),
-        ["model.safetensors lacks", "P-Tuning prefix, not a whole model"],
+        ["model.safetensors lacks", "P-Tuning prefix: give it as --adapter"],
     ),
     "prefix that the config does not know": (
         save_safetensors,

@@ -112,6 +112,7 @@ def test_saved_config_names_no_path_of_this_machine(folder):
     assert str(VOCABULARY.parent) not in (folder / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.slow
 def test_stranger_with_trust_remote_code_gets_the_same_answers(tmp_path, saved, tokenizer):
     model, folder = saved
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

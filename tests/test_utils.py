@@ -81,6 +81,7 @@ def test_defaults_are_the_published_ones():
     args = parser().parse_args([])
     assert utils.model_options(args) == {
         "model_name_or_path": utils.DEFAULT_MODEL,
+        "adapter": None,
         "revision": None,
         "device": "auto",
         "dtype": None,
@@ -387,7 +388,7 @@ def test_options_that_make_no_sense_are_refused_before_any_weight_is_read(monkey
 
 def test_cuda_alone_means_the_first_gpu(monkeypatch, folder):
     monkeypatch.setattr(utils, "available_devices", lambda: ["cuda:0", "cpu"])
-    monkeypatch.setattr(utils, "free_memory", lambda device: 10 * GB)
+    monkeypatch.setattr(utils, "free_memory", lambda *device: 10 * GB)
     monkeypatch.setattr("chatglm.checkpoint.load_weights", lambda checkpoint, device, *rest: pytest.fail(device))
     with pytest.raises(pytest.fail.Exception, match=r"^cuda:0$"):
         utils.load_model(folder, device="cuda")
@@ -404,14 +405,14 @@ def test_line_gives_the_reason_of_a_second_choice(monkeypatch, capsys, folder):
     monkeypatch.setattr(utils, "SMALL_MODEL", 0)
     checkpoint = open_checkpoint(folder)
     needed = [utils.memory_needs(checkpoint, "cpu", dtype).total for dtype in ("bfloat16", "float32")]
-    monkeypatch.setattr(utils, "free_memory", lambda device: sum(needed) // 2)
+    monkeypatch.setattr(utils, "free_memory", lambda *device: sum(needed) // 2)
     assert utils.load_model(folder)[0].dtype == torch.bfloat16
     assert capsys.readouterr().err.splitlines()[0].endswith("(float32 on cpu needs 0.0 GB, 0.0 GB are free)")
 
 
 def test_memory_is_checked_before_any_weight_is_read(monkeypatch, folder):
     monkeypatch.setattr(utils, "available_devices", lambda: ["cpu"])
-    monkeypatch.setattr(utils, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(utils, "free_memory", lambda *device: 1000)
     monkeypatch.setattr("chatglm.checkpoint.load_weights", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(MemoryError, match="too little memory"):
         utils.load_model(folder)
