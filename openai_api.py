@@ -38,7 +38,6 @@ import utils
 if TYPE_CHECKING:  # importing it imports torch, and `--help` need not wait
     from chatglm.engine import Engine, Job, State
 
-ACKNOWLEDGED = "明白了。"
 MAX_CHOICES = 8
 KEEPALIVE_SECONDS = 15  # proxies cut a connection that is silent for a minute
 LINE_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\x85\u2028\u2029"}  # some clients split events there
@@ -282,6 +281,8 @@ def conversation(messages: Sequence[Message]) -> dict:
     *earlier, query = [text for _, text in turns]
     history = list(zip(earlier[::2], earlier[1::2], strict=True))
     if instructions:
+        from chatglm.chat import ACKNOWLEDGED
+
         history.insert(0, ("\n".join(instructions), ACKNOWLEDGED))
     return {"query": query, "history": history, "keep": int(bool(instructions))}
 

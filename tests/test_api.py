@@ -385,6 +385,7 @@ def start():
         program.process.communicate()
 
 
+@pytest.mark.slow
 @not_on_windows
 def test_sigterm_loses_no_answer_running_or_waiting(start):
     program = start("-c", PROGRAM_WITH_FAKE_MODEL)

@@ -162,6 +162,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(open_terminal):
     terminal.wait_for("用户：", count=4)
 
 
+@pytest.mark.slow
 @on_a_terminal
 def test_conversation_is_saved_and_goes_on_later(open_terminal, tmp_path):
     terminal = open_terminal(HOME=str(tmp_path), USERPROFILE=str(tmp_path))
@@ -275,6 +276,7 @@ def test_remarks_go_to_stderr():
     ]
 
 
+@pytest.mark.slow
 def test_pipe_saves_and_loads(tmp_path):
     file = tmp_path / "a b.json"
     done = run(f"你好\nsave '{file}'\n再见\nsave '{file}'\nclear\nload '{file}'\n历史\n".encode())
@@ -631,6 +633,7 @@ def test_embedded_model_answers_in_a_pipe():
     assert re.fullmatch(r"loaded ChatGLM-Tiny .*\n", done.stderr.decode())
 
 
+@pytest.mark.slow
 def test_quantised_embedded_model_answers_in_a_pipe():
     done = run("你好\nstop\n".encode(), DEMO, "--quantization_bit", "4", "--device", "cpu", "--max_new_tokens", "40")
     assert done.returncode == 0
@@ -638,6 +641,7 @@ def test_quantised_embedded_model_answers_in_a_pipe():
     assert re.fullmatch(r"loaded ChatGLM-Tiny .* int4, embedding int8, float32 .*\nkernels: .*\n", done.stderr.decode())
 
 
+@pytest.mark.slow
 @on_a_terminal
 def test_embedded_model_answers_on_a_terminal(open_terminal):
     terminal = open_terminal(DEMO, ["--seed", "1", "--device", "cpu", "--max_new_tokens", "40"])
