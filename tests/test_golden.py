@@ -25,6 +25,7 @@ from chatglm.chat import build_prompt, process_response
 from chatglm.generation import InvalidScoreLogitsProcessor
 from chatglm.modeling_chatglm import apply_rotary, inverse_frequencies, rotary_embedding
 from chatglm.quantization import dequantize_weight, linear, quantize_weight, set_activations, unpack_weight
+from ptuning.data import Collator, Example, encode_example
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SELECTION = ROOT / "tests" / "golden"
@@ -404,13 +405,10 @@ def test_ptuning(case, attention):
 
 def training_features(tokenizer, prompt, answer, max_source, max_target):
     """input_ids and labels of one example, padded on the right to max_source + max_target."""
-    source = tokenizer.encode(prompt, add_special_tokens=False)[: max_source - 1]
-    target = tokenizer.encode(answer, add_special_tokens=False)[: max_target - 2]
-    input_ids = tokenizer.build_inputs_with_special_tokens(source, target)
-    start = input_ids.index(tokenizer.bos_token_id)
-    labels = [-100] * start + input_ids[start:]
-    padding = max_source + max_target - len(input_ids)
-    return input_ids + [tokenizer.pad_token_id] * padding, labels + [-100] * padding
+    encoded = encode_example(tokenizer, Example(prompt, answer), max_source, max_target)
+    collate = Collator(tokenizer, length=max_source + max_target)
+    batch = collate([{"input_ids": encoded.input_ids, "labels": encoded.labels}])
+    return batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
 
 
 @golden("training_features")
