@@ -162,31 +162,31 @@ def to_messages(history):
     ]
 
 
-def texts_for(request):
-    """The TEXTS in the language that the browser of a request asks for: Chinese, or else English."""
-    return TEXTS["zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
+def texts_for(request, texts=TEXTS):
+    """The texts in the language that the browser of a request asks for: Chinese, or else English."""
+    return texts["zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
 
 
 class Turn:
-    """One thing a session does, perhaps with a job of the engine; `cancel` ends the job, even one yet to come."""
+    """One thing a session does, perhaps with jobs of an engine; `cancel` ends the jobs, even those yet to come."""
 
     def __init__(self):
-        self.job = None
+        self.jobs = []
         self.is_cancelled = False
         self.ended = asyncio.Event()
 
     def start(self, job):
-        self.job = job
+        self.jobs.append(job)
         if self.is_cancelled:
             job.cancel()
 
     def cancel(self):
         self.is_cancelled = True
-        if self.job:
-            self.job.cancel()
+        for job in self.jobs:
+            job.cancel()
 
 
 class Turns:
@@ -265,6 +265,27 @@ RECALL_THEME = """() => {
 }"""
 
 
+def add_sliders(text, max_length, top_p, temperature):
+    """The three gr.Sliders of an answer, standing at these values; text is a gr.I18n."""
+    import gradio as gr
+
+    return [
+        gr.Slider(0, max(top, value), value, step=step, label=text(name), info=text(f"{name}_info"), elem_id=name)
+        for name, value, top, step in (
+            ("max_length", max_length, 4096, 1),
+            ("top_p", top_p, 1, 0.01),
+            ("temperature", temperature, 1, 0.01),
+        )
+    ]
+
+
+def complain(error, request):
+    """Tell the user what went wrong, in a sentence that stays until it is closed."""
+    import gradio as gr
+
+    gr.Warning(texts_for(request)["problem"] + html.escape(str(error)), duration=None)
+
+
 def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max_new_tokens=None, seed=None):
     """The page as gr.Blocks; `launch` serves it.
 
@@ -319,22 +340,7 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
                     stop = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=88, visible=False)
                 gr.Markdown(text("caution"), elem_id="caution")
             with gr.Column(scale=1, min_width=240, elem_id="controls"):
-                sliders = [
-                    gr.Slider(
-                        0,
-                        max(top, value),
-                        value,
-                        step=step,
-                        label=text(name),
-                        info=text(f"{name}_info"),
-                        elem_id=name,
-                    )
-                    for name, value, top, step in (
-                        ("max_length", max_length, 4096, 1),
-                        ("top_p", top_p, 1, 0.01),
-                        ("temperature", temperature, 1, 0.01),
-                    )
-                ]
+                sliders = add_sliders(text, max_length, top_p, temperature)
                 clear = gr.Button(text("clear"), size="md", elem_id="clear")
                 save = gr.Button(text("save"), size="md", elem_id="save")
                 restore = gr.UploadButton(
@@ -383,9 +389,6 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
                     yield idle
                 else:  # the question is not lost
                     yield {chatbot: before, question: query, **idle}
-
-        def complain(error, request):
-            gr.Warning(texts_for(request)["problem"] + html.escape(str(error)), duration=None)
 
         def retry(rounds, event: gr.RetryData):
             rounds = rounds[: event.index // 2 + 1]
@@ -449,16 +452,16 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
     return demo
 
 
-def launch(demo, **options):
-    """Serve the page of create_demo; the options are those of demo.launch."""
+def launch(demo, texts=TEXTS, css=CSS, **options):
+    """Serve a page whose gr.I18n has these texts; the options are those of demo.launch."""
     import gradio as gr
 
     demo.queue(default_concurrency_limit=None)
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS)
     demo.launch(
-        i18n=gr.I18n(**TEXTS),
+        i18n=gr.I18n(**texts),
         theme=theme,
-        css=CSS,
+        css=css,
         js=RECALL_THEME,
         footer_links=["settings"],
         run_history=False,
@@ -468,36 +471,39 @@ def launch(demo, **options):
     )
 
 
+def prepare(args):
+    """What comes before a model is loaded: a taken port shows, and args.port is one that is free. Raises OSError."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anything imports gradio
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # after each answer Gradio adds up as many
+    with serving.bind(args) as listener:
+        args.port = listener.getsockname()[1]
+
+
+def serve(demo, args, **options):
+    """Serve a page where the flags say, until Ctrl-C or SIGTERM; the options are those of `launch`. Raises OSError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    where = {"server_name": args.host, "server_port": args.port, "inbrowser": args.inbrowser, "share": args.share}
+    launch(demo, **options, **where, prevent_thread_lock=True, quiet=True)
+    print(f"listening on {demo.local_url}   Ctrl-C ends", file=sys.stderr)
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
 def main(argv=None):
     """Serve the page as the command line argv says, until Ctrl-C or SIGTERM; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anything imports gradio
-    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # after each answer Gradio adds up as many
     with utils.main_errors(parser):
-        with serving.bind(args) as listener:  # a taken port shows before the model is loaded
-            args.port = listener.getsockname()[1]
+        prepare(args)
         model, tokenizer = utils.load_model(**utils.model_options(args))
 
     from chatglm.engine import Engine
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Engine(model, tokenizer, max_queue=args.max_queue) as engine:
         demo = create_demo(engine, utils.model_title(model), **utils.generation_options(args))
         with utils.main_errors(parser):
-            launch(
-                demo,
-                server_name=args.host,
-                server_port=args.port,
-                inbrowser=args.inbrowser,
-                share=args.share,
-                prevent_thread_lock=True,
-                quiet=True,
-            )
-        print(f"listening on {demo.local_url}   Ctrl-C ends", file=sys.stderr)
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+            serve(demo, args)
     demo.close(verbose=False)  # at once, or within 5 s if an answer was being given
     return 0
 

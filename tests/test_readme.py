@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CHINESE = (ROOT / "README.md").read_text(encoding="utf-8")
 ENGLISH = (ROOT / "README_en.md").read_text(encoding="utf-8")
+TUNING = [(ROOT / "ptuning" / name).read_text(encoding="utf-8") for name in ("README.md", "README_en.md")]
+PAIRS = pytest.mark.parametrize(
+    "chinese, english", [(CHINESE, ENGLISH), TUNING], ids=["README.md", "ptuning/README.md"]
+)
 BOTH = pytest.mark.parametrize("text", [CHINESE, ENGLISH], ids=["README.md", "README_en.md"])
 SCRIPTS = ["cli_demo", "web_demo", "web_demo2", "api", "stream_api", "openai_api"]
 ENVIRONMENT = {
@@ -47,19 +51,21 @@ def paths(text):
     return [target for target in targets if not re.match(r"\w+:", target)]
 
 
-def test_both_readmes_have_the_same_code_blocks():
-    assert code_blocks(CHINESE) == code_blocks(ENGLISH)
-    assert len(code_blocks(CHINESE)) >= 10
+@PAIRS
+def test_both_languages_have_the_same_code_blocks(chinese, english):
+    assert code_blocks(chinese) == code_blocks(english)
+    assert len(code_blocks(chinese)) >= 10
 
 
-def test_both_readmes_have_the_same_sections_flags_and_files():
+@PAIRS
+def test_both_languages_have_the_same_sections_flags_and_files(chinese, english):
     def levels(text):
         return re.findall(r"^#+(?= )", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
 
-    assert levels(CHINESE) == levels(ENGLISH)
-    assert table_keys(CHINESE, r"`--\w+`") == table_keys(ENGLISH, r"`--\w+`")
-    in_english = [path.replace("_en.png", ".png") for path in paths(ENGLISH)]  # the page, in its own language
-    assert paths(CHINESE)[1:] == in_english[1:]  # the first link is the one to the other language
+    assert levels(chinese) == levels(english)
+    assert table_keys(chinese, r"`--\w+`") == table_keys(english, r"`--\w+`")
+    in_english = [re.sub(r"_en\.(png|md)$", r".\1", path) for path in paths(english)]  # what has a language of its own
+    assert paths(chinese)[1:] == in_english[1:]  # the first link is the one to the other language
 
 
 @BOTH
@@ -68,9 +74,10 @@ def test_files_of_the_model_and_all_scripts_are_listed(text):
     assert {*modules, *(f"{script}.py" for script in SCRIPTS), "serving.py", "utils.py"} <= set(paths(text))
 
 
-@BOTH
-def test_linked_files_exist(text):
-    assert [path for path in paths(text) if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("path", ["README.md", "README_en.md", "ptuning/README.md", "ptuning/README_en.md"])
+def test_linked_files_exist(path):
+    file = ROOT / path
+    assert [target for target in paths(file.read_text(encoding="utf-8")) if not (file.parent / target).exists()] == []
 
 
 @BOTH
@@ -161,6 +168,7 @@ def run_python(code):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_python_snippets_run(embedded):
     codes = [code for language, code in code_blocks(CHINESE) if language == "python"]
     output = run_python("".join(code for code in codes if "base_url" not in code))  # those need a server, see below
