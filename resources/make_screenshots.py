@@ -1,12 +1,15 @@
-"""Pictures of web_demo.py for the READMEs: `python resources/make_screenshots.py`, with the embedded model.
+"""Pictures of the web pages for the READMEs: `python resources/make_screenshots.py`, with the embedded model.
 
 Needs playwright and Chromium. The conversation with formulas and code is restored from a file, as a user would do it:
-the embedded model cannot write them.
+the embedded model cannot write them. With `--adapter FOLDER`, tuned on ptuning/data/customers.csv as ptuning/README.md
+says, the pictures are those of ptuning/web_demo.py.
 """
 
 import argparse
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -15,9 +18,11 @@ sys.path.insert(0, str(FOLDER.parent))
 import serving  # noqa: E402
 import utils  # noqa: E402
 import web_demo  # noqa: E402
+from ptuning import web_demo as comparison  # noqa: E402
 
 CHINESE = ["你好，介绍一下你自己", "晚上睡不着应该怎么办"]
 ENGLISH = ["Who are you?", "I cannot sleep at night. What can I do?"]
+OF_THE_SHOP = ["客服几点上班？", "亮度可以调吗？"]
 MARKDOWN = [
     (
         "怎样求 $ax^2+bx+c=0$ 的根？请给出公式和 Python 代码。",
@@ -64,12 +69,12 @@ def restore(page, history):
     page.locator("#chat .bot").wait_for()
 
 
-def take(browser, url, name, questions=(), history=None, dark=False, **options):
+def take(browser, url, name, questions=(), history=None, dark=False, ready="#chat button.example", **options):
     """Open the page, talk, and take the picture."""
     context = browser.new_context(color_scheme="dark" if dark else "light", **options)
     page = context.new_page()
     page.goto(url)
-    page.locator("#chat button.example").first.wait_for()
+    page.locator(ready).first.wait_for()
     for question in questions:
         ask(page, question)
     if history:
@@ -80,31 +85,63 @@ def take(browser, url, name, questions=(), history=None, dark=False, **options):
     context.close()
 
 
-def main():
-    """Serve the page, and take all pictures in Chromium."""
+@contextmanager
+def opened(demo, **options):
+    """A browser, and the address of a page that is served as long."""
     from playwright.sync_api import sync_playwright
-
-    from chatglm.engine import Engine
 
     with serving.bind(argparse.Namespace(host="127.0.0.1", port=0)) as listener:
         port = listener.getsockname()[1]
-    model, tokenizer = utils.load_model(device="cpu")
-    with Engine(model, tokenizer) as engine, sync_playwright() as playwright:
-        demo = web_demo.create_demo(engine, utils.model_title(model), temperature=0)
-        web_demo.launch(demo, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+    web_demo.launch(demo, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **options)
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        url, desktop = f"http://127.0.0.1:{port}", {"width": 1100, "height": 720}
-        phone = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
-        take(browser, url, "web_demo", CHINESE, locale="zh-CN", viewport=desktop)
-        take(browser, url, "web_demo_start", locale="zh-CN", viewport=desktop)
-        take(browser, url, "web_demo_en", ENGLISH, locale="en-US", viewport=desktop)
-        take(browser, url, "web_demo_dark", CHINESE, dark=True, locale="zh-CN", viewport=desktop)
-        take(
-            browser, url, "web_demo_markdown", history=MARKDOWN, locale="zh-CN", viewport={"width": 1100, "height": 900}
-        )
-        take(browser, url, "web_demo_phone", CHINESE, locale="zh-CN", **phone)
+        yield browser, f"http://127.0.0.1:{port}"
         browser.close()
-        demo.close(verbose=False)
+    demo.close(verbose=False)
+
+
+def take_chat():
+    """The pictures of web_demo.py."""
+    from chatglm.engine import Engine
+
+    model, tokenizer = utils.load_model(device="cpu")
+    desktop = {"width": 1100, "height": 720}
+    phone = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
+    with Engine(model, tokenizer) as engine:
+        demo = web_demo.create_demo(engine, utils.model_title(model), temperature=0)
+        with opened(demo) as page:
+            take(*page, "web_demo", CHINESE, locale="zh-CN", viewport=desktop)
+            take(*page, "web_demo_start", locale="zh-CN", viewport=desktop)
+            take(*page, "web_demo_en", ENGLISH, locale="en-US", viewport=desktop)
+            take(*page, "web_demo_dark", CHINESE, dark=True, locale="zh-CN", viewport=desktop)
+            take(*page, "web_demo_markdown", history=MARKDOWN, locale="zh-CN", viewport={"width": 1100, "height": 900})
+            take(*page, "web_demo_phone", CHINESE, locale="zh-CN", **phone)
+
+
+def take_comparison(adapter):
+    """The pictures of ptuning/web_demo.py with the folder of an adapter."""
+    from chatglm.engine import Engine
+
+    models, tokenizers, names = comparison.load(comparison.build_parser().parse_args(["--adapter", adapter]))
+    with ThreadPoolExecutor(1) as worker:
+        base, tuned = (comparison.InTurns(model, worker) for model in models)
+        with Engine(base, tokenizers[0]) as first, Engine(tuned, tokenizers[1]) as second:
+            demo = comparison.create_demo((first, second), names, temperature=0)
+            with opened(demo, texts=comparison.TEXTS, css=comparison.CSS) as page:
+                for name, locale in ("ptuning_web_demo", "zh-CN"), ("ptuning_web_demo_en", "en-US"):
+                    desktop = {"width": 1280, "height": 760}
+                    take(*page, name, OF_THE_SHOP, ready="#tuned .placeholder", locale=locale, viewport=desktop)
+
+
+def main():
+    """Take the pictures."""
+    parser = argparse.ArgumentParser(description="Pictures of the web pages for the READMEs.")
+    parser.add_argument("--adapter", metavar="FOLDER", help="take those of ptuning/web_demo.py, with this adapter")
+    args = parser.parse_args()
+    if args.adapter:
+        take_comparison(args.adapter)
+    else:
+        take_chat()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def memory(method, bits, dtype):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 def test_memory_table_is_what_the_program_computes():
-    rows = re.findall(r"^\| ([\w-]+)[^|]*, (\w+) \| (.*\d) \|$", ENGLISH, flags=re.MULTILINE)
+    forms = "INT4|INT8|bfloat16|float32"
+    rows = re.findall(rf"^\| ([\w-]+)[^|]*, ({forms}) \| (.*\d) \|$", ENGLISH, flags=re.MULTILINE)
     assert [(method, form) for method, form, _ in rows] == [
         *((method, form) for method in ("P-Tuning", "LoRA") for form in ("INT4", "INT8", "bfloat16")),
         ("full", "float32"),
@@ -86,4 +87,4 @@ def test_memory_table_is_what_the_program_computes():
     for method, form, numbers in rows:
         bits = int(form.removeprefix("INT")) if form.startswith("INT") else 0
         assert numbers == memory(method, bits, "bfloat16" if bits else form), (method, form)
-    assert [row[2] for row in rows] == re.findall(r"^\| [^|]*，\w+ \| (.*\d) \|$", CHINESE, flags=re.MULTILINE)
+    assert [row[2] for row in rows] == re.findall(rf"^\| [^|]*，(?:{forms}) \| (.*\d) \|$", CHINESE, flags=re.MULTILINE)
