@@ -226,7 +226,8 @@ def _check_lora(adapter: Adapter, model: ChatGLMForConditionalGeneration) -> Non
     for key, header in adapter.headers.items():
         match = re.fullmatch(rf"{re.escape(LORA)}(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            continue  # of an embedding, a norm that was trained as a whole, ...: peft knows
+            _check_other_part(adapter, model, key)
+            continue
         name, matrix = match.groups()
         try:
             module = model.get_submodule(name)
@@ -239,13 +240,30 @@ def _check_lora(adapter: Adapter, model: ChatGLMForConditionalGeneration) -> Non
             ) from error
         axis, size = sizes[matrix]
         if header.dim() != 2 or header.shape[axis] != size:
-            raise _another_base(
-                adapter, f"{name} has {module.in_features} inputs and {module.out_features} outputs here, and its "
-                f"lora_{matrix} has shape {list(header.shape)} there"
-            )  # fmt: skip
+            here = f"{name} has {module.in_features} inputs and {module.out_features} outputs here"
+            raise _another_base(adapter, f"{here}, and its lora_{matrix} has shape {list(header.shape)} there")
         layers.update(map(int, re.findall(r"^transformer\.layers\.(\d+)\.", name)))
-    if layers and adapter.settings.get("layers_to_transform") is None and len(layers) != model.config.num_layers:
+    if layers and _tunes_every_layer(adapter.settings) and len(layers) != model.config.num_layers:
         raise _another_base(adapter, f"num_layers is {len(layers)} there and {model.config.num_layers} here")
+
+
+def _check_other_part(adapter: Adapter, model: ChatGLMForConditionalGeneration, key: str) -> None:
+    """Of embeddings and of norms that were trained as a whole, peft knows; what stands for or scales a whole matrix
+    (modules_to_save, DoRA) would meet integers in a quantised one."""
+    name, _, part = key.removeprefix(LORA).rpartition(".")
+    module = dict(model.named_modules()).get(name)
+    if isinstance(module, QuantizedModule) and not part.startswith("lora_embedding_"):
+        raise CheckpointError(
+            f"the adapter {adapter.folder} changes all of {name} (with {part}), which is quantised here: use it on the "
+            "unquantised model, or merge it into that (ptuning/convert.py --to merged) and quantise the result"
+        )
+
+
+def _tunes_every_layer(settings: dict) -> bool:
+    """False if some layers may have been chosen: by layers_to_transform, a pattern, or targets such as layers.2.mlp."""
+    targets = settings.get("target_modules")
+    by_name = isinstance(targets, list) and not any(re.search(r"(^|\.)\d+\.", target) for target in targets)
+    return by_name and settings.get("layers_to_transform") is None
 
 
 # Using ----------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 LAYERS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 ACTIVATIONS = ("int8", "int16", "bf16", "float32")
@@ -127,6 +128,7 @@ class _KernelProduct(torch.autograd.Function):
         return kernels.linear(x, packed, scale, bias, bits, activations)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         packed, scale = ctx.saved_tensors
         grad_x = grad_bias = None

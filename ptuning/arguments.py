@@ -175,6 +175,11 @@ class TuningArguments(Seq2SeqTrainingArguments):
         _check_whole(self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _check(self.max_steps == -1 or self.max_steps > 0, "max_steps", "at least 1", self.max_steps)
         _check(self.num_train_epochs > 0, "num_train_epochs", "above 0", self.num_train_epochs)
+        _check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295", self.seed)
+        metric = self.metric_for_best_model
+        _check(metric in (None, "loss", "eval_loss"), "metric_for_best_model", "loss", metric)
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("--overwrite_output_dir starts anew and --resume_from_checkpoint continues: give one")
         rate = self.learning_rate
         _check(rate is None or 0 < rate < math.inf, "learning_rate", "above 0", rate)
         if self.logging_nan_inf_filter:
@@ -279,7 +284,7 @@ def _check_task(data_args: DataArguments, training_args: TuningArguments) -> Non
         path = getattr(data_args, name)
         if path is not None and not Path(path).is_file():
             raise ValueError(f"--{name}: there is no file {path}")
-    if data_args.preview_data and not files and data_args.train_file is None:
+    if data_args.preview_data and data_args.train_file is None:
         raise ValueError("--train_file is missing: give the file to preview")
 
 

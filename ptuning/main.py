@@ -6,9 +6,10 @@ trained. `train.sh` and the other scripts beside this file show the flags in use
 
 import contextlib
 import io
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if ignored:
         say(f"without effect here: {' '.join(ignored)}")
 
-    with main_errors(parser):
+    with ended_politely(parser, training_args), main_errors(parser):
         checkpoint = open_checkpoint(model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(checkpoint)
         method = choose_method(model_args, checkpoint.config, training_args)
@@ -85,30 +86,37 @@ def main(argv: list[str] | None = None) -> int:
             shown = examples["train"]
             print(preview(tokenizer, shown, data_args.max_source_length, data_args.max_target_length))
             return 0
+        make_output_dir(training_args.output_dir)
         settings = run_settings(method, model_args, data_args, training_args, examples)
         saved = find_run(training_args, settings, say)
         finished = saved is not None and saved.is_finished(training_args.max_steps, training_args.num_train_epochs)
         datasets = encode_data(tokenizer, examples, data_args, say)
 
-        model = load_base(model_args, training_args, method, saved if finished else None)
+        model = load_base(model_args, training_args, method)
         collator = make_collator(tokenizer, data_args)
         general = {}
         if "general" in datasets and training_args.do_train:
-            general["before"] = general_perplexity(model, datasets, collator, training_args, say)
-        model = attach(model, method, model_args, training_args, saved if finished else None, say)
+            general["general_perplexity_before"] = general_perplexity(model, datasets, collator, training_args, say)
+        if finished:
+            result = str(saved.best if training_args.load_best_model_at_end else saved.folder)
+            if method == FULL:
+                del model  # two of them may not fit
+                model_args.model_name_or_path, model_args.model_revision = result, None
+                model = load_base(model_args, training_args, method)
+            else:
+                model_args.ptuning_checkpoint = result
+        model = attach(model, method, model_args, training_args, say)
         trainer = make_trainer(model, method, tokenizer, training_args, collator, datasets, settings)
         if training_args.do_train:
             show_forecast(model, datasets["train"], training_args, say)
 
-    below_bar = "\n" * sys.stderr.isatty()
-    try:
+    with ended_politely(parser, training_args):
         if training_args.do_train:
             train(trainer, saved, finished, say)
         if "general" in datasets:
-            general["after" if training_args.do_train else "perplexity"] = general_perplexity(
-                trainer.model, datasets, collator, training_args, say
-            )
-            trainer.save_metrics("general", {f"general_perplexity_{name}": value for name, value in general.items()})
+            name = "general_perplexity" + "_after" * training_args.do_train
+            general[name] = general_perplexity(trainer.model, datasets, collator, training_args, say)
+            trainer.save_metrics("general", general)
         for task, asked in (("eval", training_args.do_eval), ("predict", training_args.do_predict)):
             if asked:
                 evaluate(
@@ -121,22 +129,33 @@ def main(argv: list[str] | None = None) -> int:
                     max_new_tokens=data_args.val_max_target_length,
                     num_beams=data_args.num_beams,
                 )
-    except (LossError, OSError) as error:
-        parser.exit(1, f"{below_bar}{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        folder = find_checkpoint(training_args.output_dir) if training_args.do_train else None
-        words = f"interrupted: the same command continues from {folder}" if folder else ""
-        parser.exit(130, f"{below_bar}{words}\n")
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        parser.exit(1, f"{below_bar}{parser.prog}: out of memory on {training_args.device}: see what helps above\n")
     trainer.accelerator.end_training()
     return 0
 
 
 def _say(*facts: str) -> None:
     print("   ".join(fact for fact in facts if fact), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ended_politely(parser, training_args: TuningArguments) -> Iterator[None]:
+    """Turn what may end the work early into one line on stderr: exit code 1, and 130 for Ctrl-C."""
+    args = training_args
+    try:
+        yield
+    except (LossError, OSError, ImportError) as error:
+        code, words = 1, f"{parser.prog}: {error}"
+    except KeyboardInterrupt:
+        folder = find_checkpoint(args.output_dir) if args.do_train else None
+        changed = " without --overwrite_output_dir" * args.overwrite_output_dir
+        code, words = 130, f"interrupted: the same command{changed} continues from {folder}" if folder else ""
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        code, words = 1, f"{parser.prog}: out of memory on {args.device}: try smaller batches and lengths"
+    else:
+        return
+    parser.exit(code, "\n" * sys.stderr.isatty() + f"{words}\n")  # below the bar
 
 
 # Before the model -----------------------------------------------------------------------------------------------------
@@ -212,6 +231,16 @@ def prefixed(example: Example, prefix: str) -> Example:
     return replace(example, history=((prefix + query, response), *others))
 
 
+def make_output_dir(output_dir: str) -> None:
+    """Make the folder, so that hours of work do not end for the lack of it. Raises ValueError if that cannot be."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+    if not os.access(output_dir, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir} is not writable")
+
+
 def run_settings(
     method: str,
     model_args: ModelArguments,
@@ -233,7 +262,7 @@ def run_settings(
         **{name: getattr(model_args, name) for name in f"{own[method]} quantization_bit".split()},
         "dtype": base_dtype(model_args, args, method),
         **{name: getattr(data_args, name) for name in length.split()},
-        **{name: getattr(args, name) for name in of_trainer.split()},
+        **{name: args.to_dict()[name] for name in of_trainer.split()},  # which has no Enums
         "examples per step": per_step,
         "training data with fingerprint": fingerprint(examples.get("train", ())),
     }
@@ -303,20 +332,15 @@ def base_dtype(model_args: ModelArguments, training_args: TuningArguments, metho
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def load_base(
-    model_args: ModelArguments, training_args: TuningArguments, method: str, finished: SavedRun | None
-) -> torch.nn.Module:
-    """The model without adapter, where the Trainer wants it; a wholly trained one, if its run has finished."""
+def load_base(model_args: ModelArguments, training_args: TuningArguments, method: str) -> torch.nn.Module:
+    """The model without adapter, where the Trainer wants it."""
     args = training_args
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    if finished and method == FULL:
-        name, revision = finished.folder, None
     shards = args.deepspeed or args.fsdp  # they bring the weights to the devices themselves
     quiet = contextlib.redirect_stderr(io.StringIO()) if args.process_index else contextlib.nullcontext()
     with quiet:
         model, _ = load_model(
-            name,
-            revision=revision,
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
             device="cpu" if shards or args.device.type == "cpu" else str(args.device),
             dtype=base_dtype(model_args, args, method),
             quantization_bit=model_args.quantization_bit,
@@ -325,14 +349,13 @@ def load_base(
 
 
 def attach(
-    model, method: str, model_args: ModelArguments, training_args: TuningArguments, finished: SavedRun | None, say
+    model, method: str, model_args: ModelArguments, training_args: TuningArguments, say: Callable
 ) -> torch.nn.Module:
     """The model with what is trained of it, or with the adapter that is evaluated; LoRA in training is a PeftModel."""
     training = training_args.do_train
-    folder = finished.folder if finished and method != FULL else model_args.ptuning_checkpoint
     set_seed(training_args.seed)  # of fresh weights
-    if folder:
-        model = apply_adapter(model, folder, trainable=training)
+    if model_args.ptuning_checkpoint:
+        model = apply_adapter(model, model_args.ptuning_checkpoint, trainable=training)
     elif method == PREFIX:
         model.add_prefix_encoder(model_args.pre_seq_len, model_args.prefix_projection)
     elif method == LORA:
@@ -349,7 +372,7 @@ def attach(
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             model = get_peft_model(model, config)
     if training:
-        trained, total = count_parameters(model)
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
         titles = {
             PREFIX: f"P-Tuning v2, {model_args.pre_seq_len} tokens",
             LORA: f"LoRA, rank {model_args.lora_rank}",
@@ -357,12 +380,6 @@ def attach(
         }
         say(titles[method], f"{trained:,} of {total:,} parameters learn", f"lr {training_args.learning_rate:g}")
     return model
-
-
-def count_parameters(model) -> tuple[int, int]:
-    """How many parameters are trained, and how many the model has."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def make_trainer(
@@ -409,7 +426,6 @@ def general_perplexity(model, datasets: dict, collator, training_args: TuningArg
 def train(trainer: TuningTrainer, saved: SavedRun | None, finished: bool, say: Callable) -> None:
     """Train, or continue; leaves the result, its loss.png and train_results.json in output_dir."""
     args = trainer.args
-    trained, _ = count_parameters(trainer.model)
     metrics = {}
     if finished:
         trainer.state = TrainerState.load_from_json(str(saved.folder / STATE_FILE))
@@ -421,14 +437,15 @@ def train(trainer: TuningTrainer, saved: SavedRun | None, finished: bool, say: C
     metrics |= {
         "train_loss": mean_loss(history),
         "train_samples": len(trainer.train_dataset),
-        "trainable_parameters": trained,
+        "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
         "train_peak_memory": peak_memory(args.device),
     }
     trainer.save_metrics("train", metrics)
     if trainer.is_world_process_zero():
         plot_loss(history, Path(args.output_dir) / PICTURE)
+    best = args.load_best_model_at_end and trainer.state.best_model_checkpoint
     say(
-        f"saved {args.output_dir}",
+        f"saved {args.output_dir}" + (f", the best: {Path(best).name}" if best else ""),
         f"mean loss {metrics['train_loss']:.3f}",
         f"peak memory {metrics['train_peak_memory'] / GIGABYTE:.2f} GB",
         "" if finished else f"trained for {shown_time(metrics['train_runtime'])}",

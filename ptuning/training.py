@@ -80,7 +80,8 @@ class TuningTrainer(Seq2SeqTrainer):
         args = self.args
         step = self.state.global_step + (input_ids is not None)
         if input_ids is not None:
-            text = " ".join(self._tokenizer.decode(input_ids[0].tolist()).split())
+            ids = input_ids[0][input_ids[0] != self._tokenizer.pad_token_id]
+            text = " ".join(self._tokenizer.decode(ids.tolist()).split())
             shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
             what += f" in the batch that begins with {shown!r}"
         advice = [f"a lower --learning_rate than {args.learning_rate:g}"]
@@ -184,7 +185,7 @@ def plot_loss(log_history: Sequence[Mapping], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: no window system is asked for
 
-    figure = Figure(figsize=(8, 4.5), layout="tight")
+    figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss per answer token (nats)")
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
@@ -240,12 +241,13 @@ class RunSettings(TrainerCallback, ExportableState):
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A complete checkpoint: its folder, the steps done, epochs done, and the settings of its run."""
+    """A complete checkpoint: its folder, the steps and epochs done, settings and best checkpoint of its run."""
 
     folder: Path
     step: int
     epoch: float
     settings: RunSettings
+    best: Path
 
     def is_finished(self, max_steps: int, num_train_epochs: float) -> bool:
         """Whether a run of that length has nothing left to do."""
@@ -303,22 +305,28 @@ def read_run(folder: Path) -> SavedRun:
         raise ValueError(f"cannot continue from {folder}: {missing}")
     state = json.loads((folder / STATE_FILE).read_text())
     settings = RunSettings(**state["stateful_callbacks"][RunSettings.__name__]["args"])
-    return SavedRun(folder, state["global_step"], state["epoch"], settings)
+    best = Path(state.get("best_model_checkpoint") or folder)
+    return SavedRun(folder, state["global_step"], state["epoch"], settings, best if best.is_dir() else folder)
 
 
 def saved_run(output_dir: str | Path, asked_for: str | None, say: Callable) -> SavedRun | None:
     """The run to continue: from the checkpoint asked for, or the newest one; None to start from the beginning.
 
     Folders whose saving was interrupted, behind that checkpoint, are deleted; say tells it.
-    Raises ValueError if the checkpoint asked for is not complete, and if output_dir holds something else that training
-    would write over.
+    Raises ValueError if the checkpoint asked for is not complete, and if output_dir holds something else, or newer,
+    that training would write over.
     """
-    if asked_for:
-        return read_run(Path(asked_for))
+    asked = read_run(Path(asked_for)) if asked_for else None
     for folder in list_checkpoints(output_dir):
         missing = missing_in(folder)
         if missing is None:
-            return read_run(folder)
+            newest = read_run(folder)
+            if asked and newest.step > asked.step:
+                raise ValueError(
+                    f"{folder} is newer than {asked_for}: delete it, give another --output_dir, or leave "
+                    "--resume_from_checkpoint out to continue from the newest"
+                )
+            return asked or newest
         if missing in (FOREIGN, WEIGHTS_ONLY):
             raise ValueError(
                 f"cannot continue from {folder}: {missing}: give another --output_dir, or --overwrite_output_dir to "
@@ -326,7 +334,7 @@ def saved_run(output_dir: str | Path, asked_for: str | None, say: Callable) -> S
             )
         say(f"{folder} was not saved to the end ({missing}) and is deleted")
         remove_checkpoints([folder])
-    return None
+    return asked
 
 
 def remove_checkpoints(folders: Iterable[Path]) -> None:
@@ -432,12 +440,13 @@ def forecast_lines(model, batch_size: int, seq_len: int, checkpointing: bool, fr
     needs = forecast(model, batch_size, seq_len, checkpointing)
     other = forecast(model, batch_size, seq_len, not checkpointing)
     facts = [
-        f"memory   {needs.total / GIGABYTE:.2f} GB of {(needs.weights + free) / GIGABYTE:.2f} on {place}, computed",
+        f"memory of a step, computed: {needs.total / GIGABYTE:.2f} GB",
         f"weights {needs.weights / GIGABYTE:.2f}",
-        f"learning {needs.learning / GIGABYTE:.2f}",
+        f"gradients and optimiser {needs.learning / GIGABYTE:.2f}",
         f"activations {needs.activations / GIGABYTE:.2f} ({other.activations / GIGABYTE:.2f} "
-        f"{'not ' * checkpointing}checkpointed)",
+        f"{'without' if checkpointing else 'with'} gradient checkpointing)",
         f"logits {needs.logits / GIGABYTE:.2f}",
+        f"free on {place} {free / GIGABYTE:.2f}",
     ]
     lines = ["   ".join(facts)]
     if needs.total > needs.weights + free:

@@ -453,6 +453,41 @@ def test_lora_of_another_base_is_refused_with_both_values(folders, changes, said
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*layers\.1\..*query_key_value"},
+        {"target_modules": ["layers.2.attention.query_key_value"]},
+        {"target_modules": ["query_key_value"], "layers_to_transform": [1]},
+    ],
+    ids=["pattern", "names", "layers_to_transform"],
+)
+def test_lora_on_some_layers_fits(tmp_path, base, settings):
+    tuned = get_peft_model(shared_copy(base), LoraConfig(r=4, init_lora_weights=False, **settings)).eval()
+    tuned.save_pretrained(tmp_path)
+    before = logits(base)
+    assert torch.equal(logits(apply_adapter(base, tmp_path)), logits(tuned))
+    assert not torch.equal(logits(tuned), before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, r"changes all of transformer.layers.0.attention.query_key_value \(with lora_magnitude"),
+        ({"modules_to_save": ["lm_head"]}, r"changes all of lm_head \(with weight\), which is quantised here"),
+    ],
+    ids=["DoRA", "modules_to_save"],
+)
+def test_what_changes_whole_matrices_is_kept_from_quantised_ones(tmp_path, bits, settings, said):
+    config = LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False, **settings)
+    tuned = get_peft_model(make_base(tie_word_embeddings=False), config).eval()
+    tuned.save_pretrained(tmp_path)
+    assert torch.equal(logits(apply_adapter(make_base(tie_word_embeddings=False), tmp_path)), logits(tuned))
+    with pytest.raises(CheckpointError, match=said):
+        apply_adapter(make_base(bits, tie_word_embeddings=False), tmp_path)
+
+
 def renamed(table):
     for name in list(table):
         table[name.replace("query_key_value", "q_proj")] = table.pop(name)

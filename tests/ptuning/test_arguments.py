@@ -84,6 +84,12 @@ def test_gradient_checkpointing_is_a_switch_that_can_be_left_out(file, value):
         ("--do_eval", "--validation_file is missing: give the file with the examples"),
         ("--general_file nowhere.json", "--general_file: there is no file nowhere.json"),
         ("stray", "stray belongs to no flag"),
+        ("--seed -1", "--seed must be from 0 to 4294967295, got -1"),
+        ("--metric_for_best_model bleu-4", "--metric_for_best_model must be loss, got bleu-4"),
+        (
+            "--overwrite_output_dir --resume_from_checkpoint out/checkpoint-2",
+            "starts anew and --resume_from_checkpoint",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(file, capsys, flags, words):
@@ -99,6 +105,12 @@ def test_nothing_to_do_is_said(capsys):
     with pytest.raises(SystemExit):
         parse_arguments([])
     assert "nothing to do: give --do_train, --do_eval, --do_predict or --preview_data" in capsys.readouterr().err
+
+
+def test_the_preview_needs_the_file_to_train_on(file, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--preview_data", "--do_predict", "--test_file", str(file), "--output_dir", "out"])
+    assert "--train_file is missing: give the file to preview" in capsys.readouterr().err
 
 
 def test_a_folder_for_the_result_is_needed(file, capsys):

@@ -104,8 +104,11 @@ def test_a_checkpoint_that_cannot_be_continued_is_not_written_over(tmp_path, rea
 
 def test_the_checkpoint_that_is_asked_for_is_taken_or_refused(tmp_path):
     save_checkpoint(tmp_path, 10)
-    save_checkpoint(tmp_path, 20)
     assert saved_run(tmp_path, str(tmp_path / "checkpoint-10"), print).step == 10
+    assert saved_run(tmp_path / "new", str(tmp_path / "checkpoint-10"), print).step == 10
+    save_checkpoint(tmp_path, 20)
+    with pytest.raises(ValueError, match=r"checkpoint-20 is newer than .*checkpoint-10: delete it, give another"):
+        saved_run(tmp_path, str(tmp_path / "checkpoint-10"), print)
     with pytest.raises(ValueError, match=r"cannot continue from .*checkpoint-30: there is no such folder"):
         saved_run(tmp_path, str(tmp_path / "checkpoint-30"), print)
 
@@ -261,7 +264,7 @@ def test_the_forecast_counts_gradients_and_two_states_of_what_is_trained(model):
 
 def test_too_little_memory_comes_with_what_helps(model):
     enough = forecast_lines(model, 2, 128, False, 1e12, "cpu")
-    assert len(enough) == 1 and "of 1000.0" in enough[0]
+    assert len(enough) == 1 and "with gradient checkpointing)" in enough[0] and "free on cpu 1000.00" in enough[0]
     lines = forecast_lines(model, 2, 128, False, 1e6, "cpu")
     assert "this may be too little memory; what helps: --gradient_checkpointing, a smaller" in lines[1]
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
