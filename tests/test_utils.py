@@ -102,13 +102,14 @@ def test_defaults_are_the_published_ones():
 
 def test_given_flags_arrive_with_their_types():
     line = (
-        "--model_name_or_path M --revision v1 --device cuda:1 --dtype bfloat16 --quantization_bit 4 --embedding_bit 16 "
-        "--activations bf16 --num_gpus 2 --device_map auto --max_length 100 --max_new_tokens 7 --top_p 1 "
-        "--temperature 0 --seed 3"
+        "--model_name_or_path M --adapter A --revision v1 --device cuda:1 --dtype bfloat16 --quantization_bit 4 "
+        "--embedding_bit 16 --activations bf16 --num_gpus 2 --device_map auto --max_length 100 --max_new_tokens 7 "
+        "--top_p 1 --temperature 0 --seed 3"
     )
     args = parser().parse_args(line.split())
     assert utils.model_options(args) == {
         "model_name_or_path": "M",
+        "adapter": "A",
         "revision": "v1",
         "device": "cuda:1",
         "dtype": "bfloat16",
@@ -493,6 +494,7 @@ def test_plan_shows_any_name_as_it_is(six_billion):
     assert " --model_name_or_path '/models/my [red] model' " in line
 
 
+@pytest.mark.slow
 def test_plan_command_prints_the_embedded_and_the_published_model_into_a_pipe():
     run = subprocess.run(
         [sys.executable, "utils.py", "--plan"],
