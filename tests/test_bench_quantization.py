@@ -152,6 +152,7 @@ def test_worker_that_ends_is_an_error_with_its_name():
     worker.close()
 
 
+@pytest.mark.slow
 def test_served_model_answers_every_request(checkpoint):
     request = json.dumps([str(checkpoint), {"activations": "bf16"}, 1])
     worker = Worker("ours", [sys.executable, bench_quantization.__file__, "--serve", request], {})
