@@ -241,6 +241,21 @@ def free_memory(device: str, offload_folder: str | os.PathLike | None = None) ->
     return free
 
 
+def peak_memory(device: str = "cpu") -> int:
+    """Most bytes that this process has held on a device so far; on "cpu", of resident memory."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _free_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes left under the memory limit of a Linux container; infinite without one."""
     try:

@@ -265,6 +265,37 @@ RECALL_THEME = """() => {
 }"""
 
 
+def add_head(text, title):
+    """The first line of a page: its title, and the button between dark and light; text is a gr.I18n."""
+    import gradio as gr
+
+    with gr.Row(elem_id="head"):
+        gr.Markdown(f"# {title}")
+        theme = gr.Button(f"◐ {text('dark')}", size="sm", elem_id="theme", scale=0, min_width=120)
+    theme.click(None, js=SWITCH_THEME)
+
+
+def add_question(text):
+    """Where a question is typed, with the buttons to submit it and, hidden at first, to stop its answer: all three."""
+    import gradio as gr
+
+    with gr.Row(elem_id="ask"):
+        question = gr.Textbox(
+            label=text("ask"),  # for those who hear the page
+            placeholder=text("ask"),
+            show_label=False,
+            container=False,
+            lines=1,
+            max_lines=8,
+            autofocus=True,
+            elem_id="question",
+            scale=1,
+        )
+        submit = gr.Button(text("submit"), variant="primary", elem_id="submit", scale=0, min_width=88)
+        stop = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=88, visible=False)
+    return question, submit, stop
+
+
 def add_sliders(text, max_length, top_p, temperature):
     """The three gr.Sliders of an answer, standing at these values; text is a gr.I18n."""
     import gradio as gr
@@ -308,9 +339,7 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
         history = gr.State([])
         asked = gr.State("")
         file = gr.Textbox(visible="hidden")
-        with gr.Row(elem_id="head"):
-            gr.Markdown(f"# {title}")
-            theme = gr.Button(f"◐ {text('dark')}", size="sm", elem_id="theme", scale=0, min_width=120)
+        add_head(text, title)
         with gr.Row(elem_id="page"):
             with gr.Column(scale=4, elem_id="talk"):
                 chatbot = gr.Chatbot(
@@ -324,20 +353,7 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
                     allow_tags=False,
                     sanitize_html=True,
                 )
-                with gr.Row(elem_id="ask"):
-                    question = gr.Textbox(
-                        label=text("ask"),  # for those who hear the page
-                        placeholder=text("ask"),
-                        show_label=False,
-                        container=False,
-                        lines=1,
-                        max_lines=8,
-                        autofocus=True,
-                        elem_id="question",
-                        scale=1,
-                    )
-                    submit = gr.Button(text("submit"), variant="primary", elem_id="submit", scale=0, min_width=88)
-                    stop = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=88, visible=False)
+                question, submit, stop = add_question(text)
                 gr.Markdown(text("caution"), elem_id="caution")
             with gr.Column(scale=1, min_width=240, elem_id="controls"):
                 sliders = add_sliders(text, max_length, top_p, temperature)
@@ -446,7 +462,6 @@ def create_demo(engine, title, max_length=2048, top_p=0.7, temperature=0.95, max
         gr.on([clear.click, chatbot.clear], forget, None, page, **quiet)
         restore.upload(read, restore, page, **quiet)
         save.click(history_to_json, history, file, **quiet).then(None, file, None, js=SAVE_FILE)
-        theme.click(None, js=SWITCH_THEME)
         demo.load(examples, None, chatbot, **quiet)
         demo.unload(interrupt)  # the tab was closed or reloaded
     return demo

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.cache import CACHE_NAME
-from utils import DEFAULT_MODEL, load_model
+from utils import DEFAULT_MODEL, load_model, peak_memory
 
 CONTEXTS = (32, 256, 1024)  # prompt lengths, tokens
 GIB = 2**30
@@ -86,16 +86,6 @@ def build_random(config, dtype):
             piece = flat[start : start + block.numel()]
             piece.copy_(block[: piece.numel()])
     return model.eval()
-
-
-def peak_memory():
-    """Most bytes this process has held in memory so far."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def median_time(function, repeats):

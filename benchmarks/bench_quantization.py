@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.bench_model import full_config, peak_memory, random_prompt, stream_chat_times
+from benchmarks.bench_model import full_config, random_prompt, stream_chat_times
 from chatglm import ChatGLMForConditionalGeneration, kernels
 from chatglm.cache import CACHE_NAME
 from pretraining.corpus import CORPUS_FOLDER, EVALUATION_FILE, heldout_examples, load_dialogues
 from pretraining.evaluate import ask, evaluation_questions, likelihoods
-from utils import DEFAULT_MODEL, free_memory, load_model, main_errors
+from utils import DEFAULT_MODEL, free_memory, load_model, main_errors, peak_memory
 
 CACHE_FOLDER = Path.home() / ".cache" / "chatglm-benchmark"
 CONTEXTS = (32, 256, 1024)  # prompt lengths, tokens

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import peft
 import torch
 
-from benchmarks.bench_model import peak_memory, random_prompt
+from benchmarks.bench_model import random_prompt
 from benchmarks.bench_quantization import CACHE_FOLDER, GB, aligned, make_checkpoint, needed_memory, quantized_config
-from utils import free_memory, load_model, main_errors
+from utils import free_memory, load_model, main_errors, peak_memory
 
 PROMPT, ANSWER = 64, 64  # tokens
 PRE_SEQ_LEN, LORA_RANK = 128, 8

@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from .checkpoint import CheckpointError, find_weight_files, read_config, read_headers, read_json, read_tensors
 from .configuration_chatglm import ChatGLMConfig
-from .modeling_chatglm import ChatGLMForConditionalGeneration
+from .modeling_chatglm import PREFIX, ChatGLMForConditionalGeneration, write_prefix
 from .quantization import LAYERS, QuantizedModule
 
-PREFIX = "transformer.prefix_encoder."
 PROJECTION = tuple(f"{PREFIX}trans.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
 LORA = "base_model.model."  # in front of every name in peft's files
 LORA_SETTINGS = "adapter_config.json"
@@ -349,15 +347,6 @@ def export_prefix(adapter: Adapter, base: ChatGLMConfig | None, folder, publishe
 
     base  configuration of the base, for an adapter without config.json
     """
-    folder = Path(folder)
     config = copy.deepcopy(adapter.settings or base)
     config.pre_seq_len, config.prefix_projection = adapter.pre_seq_len, adapter.prefix_projection
-    vars(config).pop("auto_map", None)
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in _read(adapter).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    config.to_json_file(folder / "config.json")
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    if published:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_prefix(Path(folder), _read(adapter), config, GenerationConfig.from_model_config(config), published)

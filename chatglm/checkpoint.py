@@ -32,7 +32,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from .configuration_chatglm import SIZES, ChatGLMConfig
-from .modeling_chatglm import ChatGLMForConditionalGeneration
+from .modeling_chatglm import PREFIX, ChatGLMForConditionalGeneration
 from .quantization import CastLinear, QuantizedModule, check_bits, quantize_weight, scale_dtype
 from .tokenization_chatglm import VOCAB_FILE_NAME, ChatGLMTokenizer
 
@@ -45,7 +45,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-HEAD, EMBEDDING, PREFIX = "lm_head.", "transformer.word_embeddings.", "transformer.prefix_encoder."
+HEAD, EMBEDDING = "lm_head.", "transformer.word_embeddings."
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 SECOND_GENERATION_FIELDS = {"ffn_hidden_size", "multi_query_attention", "padded_vocab_size", "rmsnorm"}
 DTYPES = {

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # The constant 28 belongs to the architecture: the residual factor does not follow config.num_layers.
 ALPHA = (2 * 28) ** 0.5
 PREFIX_DROPOUT = 0.1
+PREFIX = "transformer.prefix_encoder."  # in front of its names in a state dict
 MASKED_SCORE = -10000.0
 OWN_ATTENTION = "chatglm"  # the attn_implementation of who asks for none
 
@@ -511,6 +512,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
 
+def write_prefix(folder: Path, tensors: dict, config: ChatGLMConfig, generation_config, published=False) -> None:
+    """Write the prefix among the tensors, in float32, and what belongs to it, but no code, into a folder.
+
+    published  its file is pytorch_model.bin, as the original has it, not model.safetensors
+    """
+    prefix = {
+        name: tensor.to(torch.float32, copy=True).contiguous()
+        for name, tensor in tensors.items()
+        if name.startswith(PREFIX)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    vars(config).pop("auto_map", None)
+    config.to_json_file(folder / "config.json")
+    generation_config.save_pretrained(folder)
+    if published:
+        torch.save(prefix, folder / "pytorch_model.bin")
+    else:
+        save_file(prefix, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLMGenerationMixin):
     """ChatGLM-6B with its head: logits, loss, generation and chat."""
 
@@ -609,22 +631,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, ChatMixin, ChatGLM
             raise ValueError("this model has a LoRA adapter: save that through peft's model, or merge it before")
         if self._keys_to_ignore_on_save:
             if is_main_process:
-                self._save_prefix(Path(save_directory), state_dict)
+                tensors = state_dict or self.transformer.prefix_encoder.state_dict(prefix=PREFIX)
+                write_prefix(Path(save_directory), tensors, self.config, self.generation_config)
             return
         source = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), source)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-
-    def _save_prefix(self, folder: Path, state_dict: dict | None) -> None:
-        name = "transformer.prefix_encoder."
-        tensors = state_dict or self.transformer.prefix_encoder.state_dict(prefix=name)
-        tensors = {key: tensor.float().contiguous() for key, tensor in tensors.items() if key.startswith(name)}
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(self.config)
-        vars(config).pop("auto_map", None)  # there is no code beside it
-        config.to_json_file(folder / "config.json")
-        self.generation_config.save_pretrained(folder)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     @can_return_tuple
     def forward(

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from chatglm.chat import decode_response
 
-from .data import encode_prompt
+from .data import IGNORED, encode_prompt
 from .metrics import compute_scores
 from .training import shown_time
 
-IGNORED = -100
 PREDICTIONS_FILE = "generated_predictions.txt"
 
 

@@ -57,13 +57,12 @@ from ptuning.training import (  # noqa: E402
     forecast_lines,
     list_checkpoints,
     mean_loss,
-    peak_memory,
     plot_loss,
     remove_checkpoints,
     saved_run,
     shown_time,
 )
-from utils import SMALL_MODEL, free_memory, load_model, main_errors  # noqa: E402
+from utils import SMALL_MODEL, free_memory, load_model, main_errors, peak_memory  # noqa: E402
 
 PREFIX, LORA, FULL = "prefix", "LoRA", "full"  # the methods; the first two as chatglm.adapters calls them
 
@@ -438,7 +437,7 @@ def train(trainer: TuningTrainer, saved: SavedRun | None, finished: bool, say: C
         "train_loss": mean_loss(history),
         "train_samples": len(trainer.train_dataset),
         "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
-        "train_peak_memory": peak_memory(args.device),
+        "train_peak_memory": peak_memory(str(args.device)),
     }
     trainer.save_metrics("train", metrics)
     if trainer.is_world_process_zero():

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, TrainerCallback
@@ -369,18 +368,6 @@ def _shown(value) -> str:
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held on a device so far; on the CPU, of resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,7 @@ def create_demo(engines, names, max_length=2048, top_p=0.7, temperature=0.95, ma
     with gr.Blocks(
         title=names[1], analytics_enabled=False, fill_height=True, fill_width=True, delete_cache=(3600, 3600)
     ) as demo:
-        with gr.Row(elem_id="head"):
-            gr.Markdown(f"# {names[0]}")
-            theme = gr.Button(f"◐ {text('dark')}", size="sm", elem_id="theme", scale=0, min_width=120)
+        web_demo.add_head(text, names[0])
         with gr.Row(elem_id="page"):
             for side, name in zip(SIDES, names, strict=True):
                 with gr.Column(min_width=300, elem_classes="side"):
@@ -179,20 +177,7 @@ def create_demo(engines, names, max_length=2048, top_p=0.7, temperature=0.95, ma
                             sanitize_html=True,
                         )
                     )
-        with gr.Row(elem_id="ask"):
-            question = gr.Textbox(
-                label=text("ask"),  # for those who hear the page
-                placeholder=text("ask"),
-                show_label=False,
-                container=False,
-                lines=1,
-                max_lines=8,
-                autofocus=True,
-                elem_id="question",
-                scale=1,
-            )
-            submit = gr.Button(text("submit"), variant="primary", elem_id="submit", scale=0, min_width=88)
-            stop = gr.Button(text("stop"), elem_id="stop", scale=0, min_width=88, visible=False)
+        question, submit, stop = web_demo.add_question(text)
         with gr.Row(elem_id="controls"):
             sliders = web_demo.add_sliders(text, max_length, top_p, temperature)
             clear = gr.Button(text("clear"), size="md", elem_id="clear", scale=0, min_width=140)
@@ -264,7 +249,6 @@ def create_demo(engines, names, max_length=2048, top_p=0.7, temperature=0.95, ma
         gr.on(asking, reply, [question, *histories, *sliders], page, trigger_mode="multiple", **quiet)
         stop.click(interrupt, **quiet)
         gr.on([clear.click, *(chatbot.clear for chatbot in chatbots)], forget, None, page, **quiet)
-        theme.click(None, js=web_demo.SWITCH_THEME)
         demo.unload(interrupt)  # the tab was closed or reloaded
     return demo
 

@@ -3,7 +3,6 @@
 import asyncio
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +25,6 @@ from ptuning import web_demo
 
 gr = pytest.importorskip("gradio")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 60  # seconds; machines that run tests are busy
 SIDES = web_demo.SIDES
 
@@ -408,17 +406,6 @@ def served():
     yield f"http://127.0.0.1:{port}", page
     page.close()
     page.demo.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
