@@ -106,7 +106,7 @@ SPECIAL = re.compile(
     | \$ (?! [\s$] ) (?P<dollar> [^$\n]*? [^\s$\\] ) \$ (?! [\d$] )  # not "$5 and $10"
     | \\ [^\w\s]  # a sign made harmless
     | <https?://[^\s<>]+>
-    | (?P<swallowed> < (?= [A-Za-z/!?] ) | ! (?= \[ ) | (?<= \] ) : )
+    | (?P<swallowed> < (?= [A-Za-z/!?] ) | ! (?= \[ ) | (?<= \] ) : | \* (?= \w+\# ) )
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -119,7 +119,8 @@ LATEX = [
 def to_markdown(text):
     r"""The Markdown that shows all of a text on a page that reads LaTeX between the delimiters LATEX only.
 
-    - HTML is text. So are pictures (the page would fetch them from anywhere) and `[1]: ...` (it would vanish).
+    - HTML is text. So are pictures (the page would fetch them from anywhere), `[1]: ...` (it would vanish) and the stars
+      of attribute lists, `type#dress*colour#white*...`.
     - Formulas in `$`, `$$`, `\(`, `\[` and environments get the delimiters of LATEX, which Gradio would otherwise find
       in code, too; other dollars are money.
     - Code is left alone. A diagram is code.
@@ -150,7 +151,7 @@ def _shown(match):
 def from_markdown(text):
     """What a user means who has edited the output of to_markdown: without what it put in."""
     text = re.sub(r"&lt;(?=[A-Za-z/!?])", "<", text)
-    return re.sub(r"\\(?=!\[)|(?<=\])\\(?=:)|(?<=\\[(\[])\{|\}(?=\\[)\]])", "", text)
+    return re.sub(r"\\(?=!\[|\*\w+#)|(?<=\])\\(?=:)|(?<=\\[(\[])\{|\}(?=\\[)\]])", "", text)
 
 
 def to_messages(history):

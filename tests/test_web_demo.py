@@ -58,6 +58,7 @@ class FakeModel:
         ("<!-- x --> <?php <!DOCTYPE", "&lt;!-- x --> &lt;?php &lt;!DOCTYPE"),
         ("![图](http://example.com/a.png)", r"\![图](http://example.com/a.png)"),
         ("[1]: http://example.com", r"[1]\: http://example.com"),
+        ("类型#裙*颜色#白色*裙长#连衣裙，*重点*", r"类型#裙\*颜色#白色\*裙长#连衣裙，*重点*"),
         (r"\<b> 已经转义", r"\<b> 已经转义"),
         ("`<b> $x$`，``a ` <b>``", "`<b> $x$`，``a ` <b>``"),
         ("```html\n<b>$x$</b>\n```\n<b>", "```html\n<b>$x$</b>\n```\n&lt;b>"),
@@ -92,7 +93,7 @@ def test_formulas_get_the_delimiters_of_the_page(text, shown):
     assert web_demo.to_markdown(text) == shown
 
 
-@pytest.mark.parametrize("text", [r"看 <b> 和 ![图](x) 以及 \(x\) 与 \[{y}\]，[1]: z", "普通的问题"])
+@pytest.mark.parametrize("text", [r"看 <b> 和 ![图](x) 以及 \(x\) 与 \[{y}\]，[1]: z，类型#裙*颜色#白色", "普通的问题"])
 def test_an_edited_question_is_what_the_user_meant(text):
     assert web_demo.from_markdown(web_demo.to_markdown(text)) == text
 
