@@ -1,11 +1,15 @@
 """Pictures of the web pages for the READMEs: `python resources/make_screenshots.py`, with the embedded model.
 
-Needs playwright and Chromium. The conversation with formulas and code is restored from a file, as a user would do it:
-the embedded model cannot write them. With `--adapter FOLDER`, tuned on ptuning/data/customers.csv as ptuning/README.md
-says, the pictures are those of ptuning/web_demo.py.
+Needs Chromium and requirements-test.txt, which brings playwright. The conversation with formulas and code is restored
+from a file, as a user would do it: the embedded model cannot write them. With `--adapter FOLDER`, tuned on
+ptuning/data/customers.csv as ptuning/README.md says, the pictures are those of ptuning/web_demo.py. With `--examples`
+they are those of examples/ and limitations/: each conversation of conversations.json, on a page made as high as it
+needs. These carry their questions as a text chunk of the PNG.
 """
 
 import argparse
+import io
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+CONVERSATIONS = FOLDER / "conversations.json"
 sys.path.insert(0, str(FOLDER.parent))
 
 import serving  # noqa: E402
@@ -22,6 +27,11 @@ from ptuning import web_demo as comparison  # noqa: E402
 
 CHINESE = ["你好，介绍一下你自己", "晚上睡不着应该怎么办"]
 ENGLISH = ["Who are you?", "I cannot sleep at night. What can I do?"]
+PATIENCE = 120_000  # milliseconds; the machine may be busy
+WHOLE_HEIGHT = """() => {
+    const log = document.querySelector('#chat [role="log"]');
+    return Math.max(520, innerHeight + log.scrollHeight - log.clientHeight);
+}"""
 OF_THE_SHOP = ["客服几点上班？", "亮度可以调吗？"]
 MARKDOWN = [
     (
@@ -69,10 +79,23 @@ def restore(page, history):
     page.locator("#chat .bot").wait_for()
 
 
-def take(browser, url, name, questions=(), history=None, dark=False, ready="#chat button.example", **options):
-    """Open the page, talk, and take the picture."""
+def save_small(png, path, questions):
+    """Write a picture in 64 colours, which a page of text does not miss, with the questions it shows."""
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("Questions", json.dumps(questions, ensure_ascii=False))
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True, pnginfo=info)
+
+
+def take(
+    browser, url, name, questions=(), history=None, dark=False, fit=False, ready="#chat button.example", **options
+):
+    """Open the page, talk, and take the picture; with fit, a small one of the whole conversation."""
     context = browser.new_context(color_scheme="dark" if dark else "light", **options)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(url)
     page.locator(ready).first.wait_for()
     for question in questions:
@@ -81,7 +104,12 @@ def take(browser, url, name, questions=(), history=None, dark=False, ready="#cha
         restore(page, history)
         page.locator("#chat .katex").first.wait_for()
     page.wait_for_timeout(1000)  # scrolling and the appearance of buttons are animated
-    page.screenshot(path=FOLDER / f"{name}.png")
+    if fit:
+        page.set_viewport_size({"width": options["viewport"]["width"], "height": page.evaluate(WHOLE_HEIGHT)})
+        page.wait_for_timeout(500)
+        save_small(page.screenshot(), FOLDER / f"{name}.png", questions)
+    else:
+        page.screenshot(path=FOLDER / f"{name}.png")
     context.close()
 
 
@@ -118,6 +146,26 @@ def take_chat():
             take(*page, "web_demo_phone", CHINESE, locale="zh-CN", **phone)
 
 
+def conversations():
+    """The conversations of examples/ and limitations/: {where the picture is, without .png: the entry}."""
+    folders = json.loads(CONVERSATIONS.read_text(encoding="utf-8"))
+    return {FOLDER.parent / folder / entry["name"]: entry for folder, entries in folders.items() for entry in entries}
+
+
+def take_examples(names):
+    """The pictures of examples/ and limitations/: those of these names, or all."""
+    from chatglm.engine import Engine
+
+    model, tokenizer = utils.load_model(device="cpu")
+    start = {"width": 900, "height": 520}
+    with Engine(model, tokenizer) as engine:
+        demo = web_demo.create_demo(engine, utils.model_title(model), temperature=0)
+        with opened(demo) as page:
+            for picture, entry in conversations().items():
+                if not names or entry["name"] in names:
+                    take(*page, picture, entry["questions"], fit=True, locale=entry["locale"], viewport=start)
+
+
 def take_comparison(adapter):
     """The pictures of ptuning/web_demo.py with the folder of an adapter."""
     from chatglm.engine import Engine
@@ -137,9 +185,18 @@ def main():
     """Take the pictures."""
     parser = argparse.ArgumentParser(description="Pictures of the web pages for the READMEs.")
     parser.add_argument("--adapter", metavar="FOLDER", help="take those of ptuning/web_demo.py, with this adapter")
+    parser.add_argument(
+        "--examples",
+        nargs="*",
+        choices=[entry["name"] for entry in conversations().values()],
+        metavar="NAME",
+        help="take those of examples/ and limitations/: all, or these",
+    )
     args = parser.parse_args()
     if args.adapter:
         take_comparison(args.adapter)
+    elif args.examples is not None:
+        take_examples(args.examples)
     else:
         take_chat()
 
