@@ -26,6 +26,25 @@ LONGEST_HISTORY_ANSWER = {"zh": 80, "en": 200}  # characters; long unrelated rou
 
 _QUESTION_WORDS = ("吗", "什么", "怎么", "怎样", "哪", "谁", "几", "多少", "为什么", "呢", "如何", "是不是", "能不能")
 _ENGLISH_QUESTION_STARTS = ("what ", "how ", "who ", "where ", "when ", "why ", "which ", "can ", "do ", "is ", "are ")
+_OPENERS = {
+    "zh": (
+        "请问",
+        "我想问一下，",
+        "你好，",
+        "问一下，",
+        "那个，",
+        "嗯，",
+        "麻烦问下，",
+        "你好，请问",
+        "想请教一下，",
+        "在吗？",
+    ),
+    "en": ("Hi, ", "Hello, ", "Hey, ", "Please tell me, ", "Quick question: ", "Sorry, ", "Okay, ", "Well, "),
+}
+_CLOSERS = {
+    "zh": ("，谢谢", "，谢谢你", "呢", "呀", "啊", "，急", "，麻烦了", "~"),
+    "en": (" Thanks!", " please", " Thank you.", " Thanks in advance."),
+}
 _WORKING_MARKS = '：:"”』」#*'  # a query with one of these carries text to work on: its punctuation is left alone
 
 
@@ -58,7 +77,11 @@ class Dialogue:
 
 @dataclass
 class Example:
-    """A query with its earlier rounds and the wanted answer. references: every answer that fits (held-out examples)."""
+    """A query with its earlier rounds and the wanted answer.
+
+    references  every answer that fits (held-out examples)
+    generated   made by grammars.py: the answer repeats parts of the query
+    """
 
     history: list[tuple[str, str]]
     query: str
@@ -66,6 +89,7 @@ class Example:
     topic: str
     lang: str
     references: list[str] = field(default_factory=list)
+    generated: bool = False
 
 
 def normalise(text: str) -> str:
@@ -128,8 +152,8 @@ def training_examples(
     dialogues: list[Dialogue],
     rng: random.Random,
     *,
-    grammar_share: float = 0.35,
-    history_share: float = 0.3,
+    grammar_share: float = 0.4,
+    history_share: float = 0.2,
     evaluation: list[dict] | None = None,
 ) -> Iterator[Example]:
     """One epoch in random order: every dialogue with up to MOST_PHRASINGS phrasings, mixed with generated dialogues.
@@ -180,6 +204,32 @@ def heldout_examples(dialogues: list[Dialogue]) -> list[Example]:
                 examples.append(Example(list(history), query, answers[0], dialogue.topic, dialogue.lang, answers))
             history.append((turn.user[0], turn.assistant[0]))
     return examples
+
+
+def vary_wording(query: str, lang: str, rng: random.Random) -> str:
+    """The query as a hasty or a polite person might type it: vary_ending, sometimes with a greeting in front, thanks
+    behind, or a slip: a character left out or two swapped (a word left out in English).
+
+    Queries that carry a text to work on come back unchanged.
+    """
+    if any(char in query for char in _WORKING_MARKS) or len(query) < 2:
+        return query
+    query = vary_ending(query, lang, rng)
+    dice = rng.random()
+    if dice < 0.12:
+        if lang == "en" and query[1].islower():
+            query = query[0].lower() + query[1:]
+        query = rng.choice(_OPENERS[lang]) + query
+    elif dice < 0.18:
+        query = query.rstrip("。.") + rng.choice(_CLOSERS[lang])
+    elif dice < 0.34 and len(units := list(query) if lang == "zh" else query.split(" ")) >= 5:
+        index = rng.randrange(len(units) - 1)
+        if lang == "zh" and rng.random() < 0.4:
+            units[index], units[index + 1] = units[index + 1], units[index]
+        else:
+            del units[index]
+        query = ("" if lang == "zh" else " ").join(units)
+    return query
 
 
 def vary_ending(query: str, lang: str, rng: random.Random) -> str:
@@ -235,7 +285,7 @@ class _HistoryRounds:
 def _corpus_examples(dialogue, opening, rng, rounds, history_share, reserved) -> Iterator[Example]:
     history = rounds.draw(dialogue.lang, rng) if rng.random() < history_share else []
     for index, turn in enumerate(dialogue.turns):
-        query = vary_ending(opening if index == 0 else rng.choice(turn.user), dialogue.lang, rng)
+        query = vary_wording(opening if index == 0 else rng.choice(turn.user), dialogue.lang, rng)
         answer = rng.choice(turn.assistant)
         if history or normalise(query) not in reserved:
             yield Example(list(history), query, answer, dialogue.topic, dialogue.lang)
@@ -252,7 +302,7 @@ def _generated_examples(generate: Callable, rng, rounds, history_share, reserved
         query, answer = rng.choice(turn.user), rng.choice(turn.assistant)
         # Remembering is what the later turns are for; "hello, Anna" is taught often enough at a third of the price.
         if index == last or rng.random() < 0.35:
-            yield Example(list(history), query, answer, dialogue.topic, dialogue.lang)
+            yield Example(list(history), query, answer, dialogue.topic, dialogue.lang, generated=True)
         history.append((query, answer))
         if dialogue.group == "memory" and index < last and rng.random() < 0.3:
             history += rounds.draw(dialogue.lang, rng)

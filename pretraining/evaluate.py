@@ -4,7 +4,8 @@ Three judges, all repeatable: perplexity of the reference answers to held-out ph
 unseen questions of corpus/evaluation.jsonl; and free-running greedy answers to samples of trained phrasings, of
 held-out phrasings and of generated dialogues with unseen names and numbers. An answer to a phrasing counts as sensible
 if it shares enough pairs of neighbouring Hanzi or words with a reference answer (F1 of at least BIGRAM_F1). An answer
-that runs in circles never counts.
+that runs in circles never counts; questions and held-out phrasings are also answered with the default temperature to
+count those.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from utils import add_model_arguments, load_model, main_errors, model_options, m
 
 BIGRAM_F1 = 0.4  # reached by under 0.2 % of the pairs of different reference answers about the same group of topics
 MAX_NEW_TOKENS = 160
+SAMPLED = "sampled answers"  # the group that is answered with the default temperature
+OUTSIDE = "unknown"  # the kind of question that is to be refused; all others are inside the model's domain
 BATCH_TOKENS = 2048  # of the perplexity, padding included
 LONGEST_EXAMPLE = 2048  # tokens; the positions the architecture was published with
 UNIT = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # a Hanzi, a word or a number
@@ -181,6 +184,11 @@ def generated_questions(each: int, rng: random.Random) -> list[Question]:
     return questions
 
 
+def sampled_questions(questions: list[Question], count: int, rng: random.Random) -> list[Question]:
+    """count of the questions, to be answered with the default temperature."""
+    return [replace(question, group=SAMPLED) for question in rng.sample(questions, min(count, len(questions)))]
+
+
 def evaluation_questions(path: Path) -> list[Question]:
     """The unseen questions of a file, one row per kind."""
     return [
@@ -219,11 +227,12 @@ def likelihoods(model, tokenizer, examples: list[Example]) -> dict[str, Likeliho
 
 
 def ask(model, tokenizer, questions: list[Question]) -> list[Answered]:
-    """Greedy answers of the model, judged."""
+    """Answers of the model, judged; greedy ones but for the group SAMPLED."""
     answered = []
     for question in progress(questions, questions[0].group if questions else ""):
+        options = {} if question.group == SAMPLED else {"temperature": 0}
         answer, _ = model.chat(
-            tokenizer, question.query, history=question.history, temperature=0, max_new_tokens=MAX_NEW_TOKENS
+            tokenizer, question.query, history=question.history, max_new_tokens=MAX_NEW_TOKENS, **options
         )
         answered.append(judge(question, answer))
     return answered
@@ -270,8 +279,13 @@ def answer_table(group: str, answered: list[Answered]) -> list[str]:
     """Lines with the share of sensible answers by kind and language, and the number of answers that run in circles."""
     lines = [f"{group:<20}{'zh':>16}{'en':>16}{'all':>16}{'loops':>8}"]
     kinds = list(dict.fromkeys(item.question.kind for item in answered))
-    for kind in [*kinds, "all"]:
-        rows = [item for item in answered if kind in ("all", item.question.kind)]
+    totals = ["in-domain", "all"] if OUTSIDE in kinds else ["all"]
+    for kind in [*kinds, *totals]:
+        rows = [
+            item
+            for item in answered
+            if kind in ("all", item.question.kind) or (kind == "in-domain" and item.question.kind != OUTSIDE)
+        ]
         cells = [_share([item for item in rows if lang in ("all", item.question.lang)]) for lang in ("zh", "en", "all")]
         lines.append(f"{kind:<20}" + "".join(f"{cell:>16}" for cell in cells) + f"{sum(i.looping for i in rows):>8}")
     return lines
@@ -337,12 +351,17 @@ def main(argv: list[str] | None = None) -> None:
         examples = heldout_examples(dialogues)
         questions = evaluation_questions(args.corpus / EVALUATION_FILE)
         model, tokenizer = load_model(**model_options(args))
+    import torch
+
     rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    heldout = heldout_questions(examples, args.samples, rng)
     groups = [
         questions,
-        heldout_questions(examples, args.samples, rng),
+        heldout,
         generated_questions(args.generated, rng),
         trained_questions(dialogues, args.samples, rng),
+        sampled_questions([*questions, *heldout], args.samples, rng),
     ]
     if args.limit is not None:
         examples, *groups = [rng.sample(part, min(args.limit, len(part))) for part in (examples, *groups)]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pretraining.corpus import Dialogue, Turn
 
@@ -100,6 +100,29 @@ EN_PLACES = (
     "in the drawer|on the shelf|on the sofa|under the bed|behind the door|on the kitchen table|in my bag|in the car|by the window|"
     "on top of the fridge|in the wardrobe|under the pillow|in the office|in my coat pocket|on the desk|next to the lamp"
 ).split("|")
+ZH_ORGANISATIONS = "晨光书店 蓝天旅行社 市图书馆 第一中学 青松医院 星河科技公司 和平小学 东湖博物馆 阳光超市 云山酒店 万家物业 长风出版社 绿叶餐厅 人民公园 海星游泳馆 新芽幼儿园 飞燕快递 金桥银行 朝阳社区 远航汽车公司".split()
+EN_ORGANISATIONS = (
+    "Blue Lake Books|Sunrise Travel|City Library|Hillside School|Green Leaf Hospital|Star River Software|Oak Street Bakery|East Museum|"
+    "Corner Market|Cloud Hotel|Maple Housing|North Wind Press|Red Door Cafe|Park Theatre|Sea Star Pool|Swift Parcel|Bridge Bank|Harbour Garage"
+).split("|")
+ZH_GOODS = "台灯 雨伞 书包 水杯 耳机 键盘 毛巾 枕头 帽子 拖鞋 手套 雨衣 风扇 闹钟 相框".split()
+EN_GOODS = "lamp umbrella backpack mug keyboard towel pillow hat scarf raincoat fan clock frame kettle tent".split()
+ZH_ROOMS = "三楼会议室 一号厅 大礼堂 南门 操场 二楼餐厅 报告厅 活动中心 东门广场 一楼展厅".split()
+EN_ROOMS = "the main hall|the library|the south gate|the canteen|the lecture hall|the front desk|the roof garden|the sports field".split(
+    "|"
+)
+ZH_DRINKS = "绿茶 红茶 咖啡 牛奶 豆浆 果汁 可乐 柠檬水".split()
+EN_DRINKS = "tea coffee milk juice cocoa lemonade".split()
+ZH_INSTRUMENTS = "钢琴 吉他 小提琴 二胡 古筝 笛子 琵琶 架子鼓".split()
+EN_INSTRUMENTS = "piano guitar violin cello flute trumpet drums".split()
+ZH_LANGUAGES = "英语 日语 法语 德语 韩语 西班牙语 俄语".split()
+EN_LANGUAGES = "Spanish French German Japanese Korean Italian Russian".split()
+ZH_SEASONS = "春天 夏天 秋天 冬天".split()
+EN_SEASONS = "spring summer autumn winter".split()
+ZH_ALLERGENS = "花生 牛奶 虾 花粉 芒果 鸡蛋 猫毛".split()
+EN_ALLERGENS = "peanuts milk shrimp pollen eggs wheat".split()
+ZH_CLUBS = "摄影社 合唱团 象棋社 话剧社 志愿者协会 跑步俱乐部".split()
+EN_CLUBS = "the chess club|the choir|the book club|the running group|the drama club".split("|")
 ZH_DAYS = [f"星期{day}" for day in "一二三四五六日"]
 EN_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 EN_MONTHS = "January February March April May June July August September October November December".split()
@@ -142,7 +165,16 @@ VOCABULARY = [
         "蓝色=blue 绿色=green 黄色=yellow 白色=white 黑色=black 春天=spring 夏天=summer 秋天=autumn 冬天=winter 早上=morning "
         "晚上=evening 今天=today 明天=tomorrow 昨天=yesterday 高兴=happy 难过=sad 生气=angry 累=tired 饿=hungry 渴=thirsty 大=big "
         "小=small 高=tall 快=fast 慢=slow 热=hot 冷=cold 新=new 旧=old 好=good 漂亮=beautiful 干净=clean 安静=quiet 跑=run 走=walk "
-        "吃=eat 喝=drink 睡觉=sleep 看书=read 唱歌=sing 跳舞=dance 游泳=swim 工作=work 学习=study 帮助=help 谢谢=thank_you 再见=goodbye"
+        "吃=eat 喝=drink 睡觉=sleep 看书=read 唱歌=sing 跳舞=dance 游泳=swim 工作=work 学习=study 帮助=help 谢谢=thank_you 再见=goodbye "
+        "梨=pear 橙子=orange 芒果=mango 玉米=corn 豆腐=tofu 黄油=butter 蜂蜜=honey 汤=soup 蛋糕=cake 勺子=spoon 叉子=fork 盘子=plate 杯子=cup "
+        "毛巾=towel 肥皂=soap 牙刷=toothbrush 镜子=mirror 枕头=pillow 毯子=blanket 雨伞=umbrella 帽子=hat 裙子=skirt 衬衫=shirt 裤子=trousers "
+        "鞋子=shoes 手套=gloves 围巾=scarf 眼镜=glasses 手表=watch 照片=photo 信=letter 报纸=newspaper 词典=dictionary 铅笔=pencil 尺子=ruler "
+        "狼=wolf 狐狸=fox 熊=bear 鹿=deer 青蛙=frog 乌龟=turtle 鲸=whale 老鼠=mouse 桥=bridge 路=road 城市=city 村庄=village 岛=island "
+        "沙漠=desert 森林=forest 冰=ice 雷=thunder 彩虹=rainbow 地球=earth 音乐=music 电影=film 故事=story 节日=festival 生日=birthday "
+        "邻居=neighbour 奶奶=grandmother 叔叔=uncle 农民=farmer 歌手=singer 市场=market 厨房=kitchen 花园=garden 楼梯=stairs 周末=weekend "
+        "勇敢=brave 聪明=clever 诚实=honest 有趣=interesting 困难=difficult 容易=easy 便宜=cheap 贵=expensive 忙=busy 空=empty 满=full "
+        "轻=light 重=heavy 长=long 短=short 远=far 近=near 买=buy 卖=sell 写=write 听=listen 想=think 笑=laugh 哭=cry 等=wait 开始=begin "
+        "忘记=forget 记住=remember 打开=open 关上=close"
     ).split()
 ]
 
@@ -260,11 +292,11 @@ def _article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def _zh_list(words: list[str]) -> str:
+def _zh_list(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else "、".join(words[:-1]) + "和" + words[-1]
 
 
-def _en_list(words: list[str]) -> str:
+def _en_list(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
@@ -277,6 +309,15 @@ def _with_filler(
     """The rounds that tell something, none to two unrelated ones, and the question."""
     fillers = ZH_FILLERS if lang == "zh" else EN_FILLERS
     return told + rng.sample(fillers, rng.choices((0, 1, 2), (5, 4, 1))[0]) + [asked]
+
+
+def _reply(question: str, answer: str) -> str:
+    """The answer, with a yes before it where the question is whether something is remembered or known."""
+    if "记得" in question or "知道" in question:
+        return ("记得，" if "记得" in question else "知道，") + answer
+    if question.startswith(("Do you", "Can you", "Remember")):
+        return "Yes, " + answer[0].lower() + answer[1:]
+    return answer
 
 
 def remember_name(rng: random.Random, split: str) -> Dialogue:
@@ -306,9 +347,12 @@ def remember_name(rng: random.Random, split: str) -> Dialogue:
                 "刚才我告诉你的名字是什么？", "你记得我叫什么名字吗？", "还记得我吗？", "猜猜我叫什么？",
             ]
         )  # fmt: skip
-        reply = rng.choice(
-            [f"你叫{name}。", f"你刚才说，你叫{name}。", f"记得，你叫{name}。", f"你的名字是{name}。", f"你是{name}。"]
-        )
+        if "刚才" in ask:
+            reply = f"你刚才说，你叫{name}。"
+        elif "谁" in ask or "记得我吗" in ask:
+            reply = f"你是{name}。"
+        else:
+            reply = rng.choice([f"你叫{name}。", f"你的名字是{name}。"])
         told = told + rng.choice(["", "", "。", "！"])
     else:
         city, job = rng.choice(EN_CITIES), rng.choice(EN_JOBS)
@@ -334,16 +378,13 @@ def remember_name(rng: random.Random, split: str) -> Dialogue:
                 "Do you know who I am?", "What name did I give you?", "Do you still remember my name?", "Remember my name?",
             ]
         )  # fmt: skip
-        reply = rng.choice(
-            [
-                f"Your name is {name}.",
-                f"You are {name}.",
-                f"You told me that your name is {name}.",
-                f"Yes, your name is {name}.",
-            ]
-        )
-        told, ask = _sentence_end(rng, told), _sentence_end(rng, ask)
-    return _conversation("memory/name", lang, _with_filler(rng, lang, [(told, hello)], (ask, reply)), name)
+        if "did I" in ask:
+            reply = f"You told me that your name is {name}."
+        else:
+            reply = f"You are {name}." if "who" in ask.lower() else f"Your name is {name}."
+        told = _sentence_end(rng, told)
+    asked = (_sentence_end(rng, ask) if lang == "en" else ask, _reply(ask, reply))
+    return _conversation("memory/name", lang, _with_filler(rng, lang, [(told, hello)], asked), name)
 
 
 def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str], list[str], str]]:
@@ -356,13 +397,21 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     hobby, day = _draw(rng, split, lambda: (rng.choice(ZH_HOBBIES), rng.choice(ZH_DAYS)))
     month, date = _draw(rng, split, lambda: (rng.randint(1, 12), rng.randint(1, 28)))
     (age, room, seat) = _draw(rng, split, lambda: (rng.randint(5, 90), rng.randint(101, 999), rng.randint(1, 60)))
+    drink, instrument = _draw(rng, split, lambda: (rng.choice(ZH_DRINKS), rng.choice(ZH_INSTRUMENTS)))
+    language, season = _draw(rng, split, lambda: (rng.choice(ZH_LANGUAGES), rng.choice(ZH_SEASONS)))
+    size, bus, locker = _draw(rng, split, lambda: (rng.randint(34, 46), rng.randint(1, 899), rng.randint(1, 200)))
+    allergy, club = _draw(rng, split, lambda: (rng.choice(ZH_ALLERGENS), rng.choice(ZH_CLUBS)))
+    hour, floor = _draw(rng, split, lambda: (rng.randint(5, 9), rng.randint(2, 30)))
+    teacher = _name(rng, split, "zh")
     friend = _name(rng, split, "zh")
     relative = _relative(rng, "zh", friend)
     return [
         (rng.choice([f"我住在{city}", f"我家在{city}", f"我现在住在{city}"]), f"好的，你住在{city}。",
          ["我住在哪里？", "我住在哪个城市？", "我家在哪儿？", "你记得我住哪里吗？"], [f"你住在{city}。"], city),
-        (rng.choice([f"我是{city}人", f"我的老家在{city}", f"我来自{city}"]), f"{city}是个好地方。",
-         ["我的老家在哪里？", "我来自哪里？", "我是哪里人？"], [f"你来自{city}。", f"你是{city}人。"], city),
+        (rng.choice([f"我是{city}人", f"我来自{city}"]), f"{city}是个好地方。",
+         ["我来自哪里？", "我是哪里人？"], [f"你来自{city}。", f"你是{city}人。"], city),
+        (rng.choice([f"我的老家在{city}", f"我老家是{city}"]), f"{city}是个好地方。",
+         ["我的老家在哪里？", "我老家是哪儿？", "你记得我老家在哪里吗？"], [f"你的老家在{city}。"], city),
         (rng.choice([f"我是一名{job}", f"我的工作是{job}", f"我当{job}已经好几年了"]), f"{job}这份工作不容易，辛苦了。",
          ["我是做什么工作的？", "我的职业是什么？", "你记得我的工作吗？"], [f"你是一名{job}。"], job),
         (rng.choice([f"我最喜欢的颜色是{colour}", f"我最喜欢{colour}"]), f"{colour}很好看。",
@@ -391,6 +440,30 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
          [f"我{relative}叫什么？", f"我的{relative}叫什么名字？", f"你记得我{relative}的名字吗？"], [f"你{relative}叫{friend}。"], friend),
         (rng.choice([f"我打算先去{city}，再去{other_city}", f"我的旅行计划是先到{city}，然后到{other_city}"]), f"先{city}，后{other_city}，记住了。",
          ["我先去哪里？", "第一站是哪里？"], [f"你先去{city}。", f"第一站是{city}。"], city),
+        (rng.choice([f"我每天都要喝{drink}", f"我最爱喝的是{drink}"]), f"{drink}不错，记住了。",
+         ["我爱喝什么？", "我每天喝什么？", "你记得我最爱喝什么吗？"], [f"你爱喝{drink}。"], drink),
+        (rng.choice([f"我在学{instrument}", f"我学的乐器是{instrument}"]), f"{instrument}的声音很好听。",
+         ["我学的是什么乐器？", "我在学什么乐器？"], [f"你学的是{instrument}。"], instrument),
+        (rng.choice([f"我正在学{language}", f"最近我开始学{language}了"]), f"学{language}，加油！",
+         ["我在学什么语言？", "我学的是哪门外语？"], [f"你在学{language}。"], language),
+        (rng.choice([f"四季里我最喜欢{season}", f"我最喜欢的季节是{season}"]), f"{season}确实很美。",
+         ["我最喜欢哪个季节？", "四季里我喜欢什么？"], [f"你最喜欢{season}。"], season),
+        (rng.choice([f"我穿{size}码的鞋", f"我的鞋码是{size}"]), f"好的，{size}码。",
+         ["我穿多大的鞋？", "我的鞋码是多少？"], [f"你穿{size}码的鞋。"], str(size)),
+        (rng.choice([f"我上班坐{bus}路公交", f"我每天坐{bus}路车"]), f"记下了，{bus}路。",
+         ["我坐几路车？", "我上班坐哪路公交？"], [f"你坐{bus}路公交。"], str(bus)),
+        (rng.choice([f"我的柜子是{locker}号", f"我用的储物柜号码是{locker}"]), f"好的，{locker}号柜子。",
+         ["我的柜子是几号？", "我的储物柜号码是多少？"], [f"你的柜子是{locker}号。"], str(locker)),
+        (rng.choice([f"我对{allergy}过敏", f"请记住，我对{allergy}过敏"]), f"知道了，要避开{allergy}。",
+         ["我对什么过敏？", "你记得我对什么过敏吗？"], [f"你对{allergy}过敏。"], allergy),
+        (rng.choice([f"我参加了{club}", f"我是{club}的成员"]), f"{club}一定很有意思。",
+         ["我参加了什么社团？", "我是哪个社团的？"], [f"你参加了{club}。"], club),
+        (rng.choice([f"我早上{hour}点起床", f"我的闹钟定在早上{hour}点"]), f"好的，早上{hour}点。",
+         ["我几点起床？", "我的闹钟是几点？"], [f"早上{hour}点。"], f"{hour}点"),
+        (rng.choice([f"我家在{floor}楼", f"我住{floor}楼"]), f"{floor}楼，记住了。",
+         ["我住几楼？", "我家在几层？"], [f"你住{floor}楼。"], f"{floor}楼"),
+        (rng.choice([f"我的班主任叫{teacher}", f"我们班主任是{teacher}"]), f"{teacher}老师，记住了。",
+         ["我的班主任叫什么？", "我的班主任是谁？"], [f"你的班主任叫{teacher}。"], teacher),
     ]  # fmt: skip
 
 
@@ -404,6 +477,11 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     hobby, day = _draw(rng, split, lambda: (rng.choice(EN_HOBBIES), rng.choice(EN_DAYS)))
     month, date = _draw(rng, split, lambda: (rng.choice(EN_MONTHS), rng.randint(1, 28)))
     age, room, seat = _draw(rng, split, lambda: (rng.randint(5, 90), rng.randint(101, 999), rng.randint(1, 60)))
+    drink, instrument = _draw(rng, split, lambda: (rng.choice(EN_DRINKS), rng.choice(EN_INSTRUMENTS)))
+    language, season = _draw(rng, split, lambda: (rng.choice(EN_LANGUAGES), rng.choice(EN_SEASONS)))
+    size, bus, locker = _draw(rng, split, lambda: (rng.randint(34, 46), rng.randint(1, 899), rng.randint(1, 200)))
+    allergy, club = _draw(rng, split, lambda: (rng.choice(EN_ALLERGENS), rng.choice(EN_CLUBS)))
+    hour, floor = _draw(rng, split, lambda: (rng.randint(5, 9), rng.randint(2, 30)))
     friend = _name(rng, split, "en")
     relative = _relative(rng, "en", friend)
     where = place.replace("my ", "your ")
@@ -432,7 +510,7 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
         (rng.choice([f"My hobby is {hobby}.", f"In my free time I enjoy {hobby}.", f"I like {hobby}."]), f"{hobby.capitalize()} is a good hobby.",
          ["What is my hobby?", "What do I like to do?", "What do I enjoy in my free time?"], [f"Your hobby is {hobby}.", f"You like {hobby}."], hobby),
         (rng.choice([f"I have an exam on {day}.", f"My meeting is on {day}.", f"I will see the dentist on {day}."]), f"Noted: {day}.",
-         ["Which day was it?", "On which day is it?", "What day did I say?"], [f"It is on {day}."], day),
+         ["Which day is it on?", "On which day is it?", "What day did I say?"], [f"It is on {day}."], day),
         (rng.choice([f"My birthday is on {month} {date}.", f"I was born on {month} {date}."]), f"I will keep it in mind: {month} {date}.",
          ["When is my birthday?", "On which day is my birthday?", "What date is my birthday?"], [f"Your birthday is on {month} {date}."], f"{month} {date}"),
         (rng.choice([f"I am {age} years old.", f"I'm {age} years old."]), "Thank you for telling me.",
@@ -446,6 +524,28 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
         (rng.choice([f"I will go to {city} first and then to {other_city}.", f"My trip goes to {city} first, then to {other_city}."]),
          f"First {city}, then {other_city}. Have a good trip!",
          ["Where do I go first?", "What is my first stop?"], [f"You go to {city} first."], city),
+        (rng.choice([f"I drink {drink} every day.", f"My favourite drink is {drink}."]), f"Enjoy your {drink}!",
+         ["What do I like to drink?", "What is my favourite drink?"], [f"You like {drink}."], drink),
+        (rng.choice([f"I play the {instrument}.", f"My instrument is the {instrument}."]), f"I like the sound of the {instrument}.",
+         ["Which instrument do I play?", "What is my instrument?"], [f"You play the {instrument}."], instrument),
+        (rng.choice([f"I am learning {language}.", f"I have started to learn {language}."]), f"Good luck with {language}!",
+         ["Which language am I learning?", "Which language do I study?"], [f"You are learning {language}."], language),
+        (rng.choice([f"My favourite season is {season}.", f"I like {season} best of all seasons."]), f"{season.capitalize()} is lovely.",
+         ["What is my favourite season?", "Which season do I like best?"], [f"You like {season} best."], season),
+        (rng.choice([f"My shoe size is {size}.", f"I wear shoes in size {size}."]), f"Noted, size {size}.",
+         ["What is my shoe size?", "Which shoe size do I wear?"], [f"Your shoe size is {size}."], str(size)),
+        (rng.choice([f"I take bus {bus} to work.", f"My bus is number {bus}."]), f"All right, bus {bus}.",
+         ["Which bus do I take?", "What is my bus number?"], [f"You take bus {bus}."], str(bus)),
+        (rng.choice([f"My locker is number {locker}.", f"I use locker {locker}."]), f"Noted, locker {locker}.",
+         ["What is my locker number?", "Which locker is mine?"], [f"Your locker is number {locker}."], str(locker)),
+        (rng.choice([f"I am allergic to {allergy}.", f"Please remember that I am allergic to {allergy}."]), f"I see, no {allergy} for you.",
+         ["What am I allergic to?", "Do you remember my allergy?"], [f"You are allergic to {allergy}."], allergy),
+        (rng.choice([f"I joined {club}.", f"I am a member of {club}."]), "That sounds like fun.",
+         ["Which club am I in?", "Which club do I belong to?"], [f"You are in {club}."], club),
+        (rng.choice([f"I get up at {hour} in the morning.", f"My alarm is set to {hour} in the morning."]), f"All right, {hour} in the morning.",
+         ["When do I get up?", "What time is my alarm?"], [f"At {hour} in the morning."], str(hour)),
+        (rng.choice([f"I live on floor {floor}.", f"My flat is on floor {floor}."]), f"Floor {floor}, I see.",
+         ["On which floor do I live?", "Which floor is my flat on?"], [f"You live on floor {floor}."], str(floor)),
     ]  # fmt: skip
 
 
@@ -462,7 +562,8 @@ def remember_fact(rng: random.Random, split: str) -> Dialogue:
         joined = f"{first[0]}，{second[0]}" if lang == "zh" else f"{first[0]} {second[0]}"
         told = [(joined, "好的，我都记住了。" if lang == "zh" else "All right, I will remember both.")]
     _, _, questions, answers, key = rng.choice(facts)
-    asked = (_sentence_end(rng, rng.choice(questions)), rng.choice(answers))
+    question = rng.choice(questions)
+    asked = (_sentence_end(rng, question), _reply(question, rng.choice(answers)))
     return _conversation("memory/fact", lang, _with_filler(rng, lang, told, asked), key)
 
 
@@ -496,9 +597,11 @@ def remember_two(rng: random.Random, split: str) -> Dialogue:
                     f"All right, {second}, I will remember that.",
                 ),
             ]
-            asked = (
-                rng.choice(["What is my name?", "So what is my name?", "What should you call me?"]),
-                f"Your name is {second}.",
+            asked = rng.choice(
+                [
+                    (rng.choice(["What is my name?", "So what is my name?"]), f"Your name is {second}."),
+                    ("What should you call me?", f"I should call you {second}."),
+                ]
             )
     elif lang == "zh":
         relative = _relative(rng, "zh", second)
@@ -514,7 +617,8 @@ def remember_two(rng: random.Random, split: str) -> Dialogue:
         told = [(f"I am {first} and my {relative} is called {second}.", f"Hello, {first}! Say hello to {second} too.")]
         asked = rng.choice(
             [
-                (rng.choice(["What is my name?", "Who am I?"]), f"Your name is {first}."),
+                ("What is my name?", f"Your name is {first}."),
+                ("Who am I?", f"You are {first}."),
                 (
                     rng.choice([f"What is my {relative} called?", f"What is my {relative}'s name?"]),
                     f"Your {relative} is called {second}.",
@@ -539,7 +643,9 @@ def remember_nothing(rng: random.Random, split: str) -> Dialogue:
                 ("我住在哪里？", "你住在哪里"), ("我多大了？", "你的年龄"), ("我是做什么工作的？", "你的工作"), ("我最喜欢什么颜色？", "你喜欢什么颜色"),
                 ("我的生日是哪天？", "你的生日"), ("我的电话号码是多少？", "你的电话号码"), (f"我{relative}叫什么名字？", f"你{relative}的名字"),
                 (f"我的{pet}叫什么？", f"你的{pet}的名字"), (f"我的{thing}在哪里？", f"你的{thing}在哪里"), ("我最爱吃什么？", "你爱吃什么"), ("我来自哪里？", "你来自哪里"),
-                (f"你知道我{relative}叫什么吗？", f"你{relative}的名字"), (f"我把{thing}放哪儿了？", f"你的{thing}在哪里"),
+                (f"你知道我{relative}叫什么吗？", f"你{relative}的名字"), (f"我把{thing}放哪儿了？", f"你的{thing}在哪里"), ("我爱喝什么？", "你爱喝什么"),
+                ("我在学什么语言？", "你在学什么语言"), ("我的鞋码是多少？", "你的鞋码"), ("我坐几路车？", "你坐几路车"), ("我对什么过敏？", "你对什么过敏"),
+                ("我几点起床？", "你几点起床"), ("我住几楼？", "你住几楼"), ("我的班主任叫什么？", "你的班主任叫什么"), ("我参加了什么社团？", "你参加了什么社团"),
             ]
         )  # fmt: skip
         reply = rng.choice(
@@ -563,6 +669,9 @@ def remember_nothing(rng: random.Random, split: str) -> Dialogue:
                 (f"What is my {pet} called?", f"your {pet}'s name"), (f"Where {are} my {thing}?", f"where your {thing} {are}"),
                 ("What is my favourite food?", "your favourite food"), ("Where am I from?", "where you are from"),
                 (f"Do you know my {relative}'s name?", f"your {relative}'s name"), (f"Where did I put my {thing}?", f"where your {thing} {are}"),
+                ("What is my favourite drink?", "your favourite drink"), ("Which language am I learning?", "which language you are learning"),
+                ("What is my shoe size?", "your shoe size"), ("Which bus do I take?", "which bus you take"), ("What am I allergic to?", "what you are allergic to"),
+                ("When do I get up?", "when you get up"), ("On which floor do I live?", "which floor you live on"), ("Which club am I in?", "which club you are in"),
             ]
         )  # fmt: skip
         reply = rng.choice(
@@ -586,15 +695,27 @@ def _phone(rng: random.Random) -> str:
 
 def _zh_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
     """A sentence and the fields it names, in the order of the sentence."""
-    name, city = _name(rng, split, "zh"), rng.choice(ZH_CITIES)
+    (name, boss), city = _names(rng, split, "zh", 2), rng.choice(ZH_CITIES)
     job, age, date = rng.choice(ZH_JOBS), rng.randint(6, 80), f"{rng.randint(1, 12)}月{rng.randint(1, 28)}日"
-    clock = f"{rng.choice(['上午', '下午'])}{rng.randint(1, 11)}点"
+    part, first, last = rng.choice([("上午", 7, 11), ("下午", 1, 6), ("晚上", 7, 9)])
+    clock = f"{part}{rng.randint(first, last)}点{rng.choice(['', '', '半'])}"
     fruit, count, price = rng.choice(ZH_FRUITS), rng.randint(2, 30), rng.randint(3, 99)
     event, room = (
         rng.choice(["会议", "讲座", "面试", "培训", "聚会", "比赛", "考试", "展览"]),
         f"{rng.randint(101, 909)}教室",
     )
-    phone = _phone(rng)
+    phone, mail = (
+        _phone(rng),
+        f"{_name(rng, split, 'en').lower()}{rng.randint(1, 99)}@example.{rng.choice(['com', 'org', 'net'])}",
+    )
+    organisation, place, when = (
+        rng.choice(ZH_ORGANISATIONS),
+        rng.choice(ZH_ROOMS),
+        f"周{rng.choice('一二三四五六日')}{clock}",
+    )
+    goods, amount = _draw(rng, split, lambda: (rng.choice(ZH_GOODS), rng.randint(20, 980)))
+    order, salary = f"{rng.choice('ABDHKX')}{rng.randint(10000, 99999)}", f"{rng.randint(30, 200)}00元"
+    train, seat = f"{rng.choice('GDKT')}{rng.randint(1, 999)}", f"{rng.randint(1, 16)}车{rng.randint(1, 20)}号"
     return rng.choice(
         [
             (f"我叫{name}，住在{city}", {"姓名": name, "城市": city}),
@@ -613,13 +734,29 @@ def _zh_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
                 f"我要{count}箱{fruit}，一共{price}元，送到{city}",
                 {"商品": fruit, "数量": f"{count}箱", "价格": f"{price}元", "城市": city},
             ),
+            (f"{name}在{organisation}上班，是一名{job}", {"姓名": name, "单位": organisation, "职业": job}),
+            (f"{organisation}将于{date}在{place}举行{event}", {"单位": organisation, "日期": date, "地点": place, "活动": event}),
+            (f"订单{order}已发货，收件人{name}，电话{phone}", {"订单号": order, "姓名": name, "电话": phone}),
+            (f"您好，我的订单号是{order}，买的是{goods}，请退款{amount}元", {"订单号": order, "商品": goods, "金额": f"{amount}元"}),
+            (f"有事请发邮件到{mail}，找{name}", {"邮箱": mail, "姓名": name}),
+            (f"{name}的邮箱是{mail}，手机是{phone}", {"姓名": name, "邮箱": mail, "手机": phone}),
+            (f"{when}请到{place}参加{event}，联系人{name}", {"时间": when, "地点": place, "活动": event, "姓名": name}),
+            (f"{name}给{organisation}转了{amount}元", {"姓名": name, "单位": organisation, "金额": f"{amount}元"}),
+            (f"收据：{date}，{name}，交{organisation}{amount}元", {"日期": date, "姓名": name, "单位": organisation, "金额": f"{amount}元"}),
+            (f"{name}买了{train}次列车的票，{seat}，去{city}", {"姓名": name, "车次": train, "座位": seat, "城市": city}),
+            (f"请把{goods}寄到{city}，收件人是{name}，订单号{order}", {"商品": goods, "城市": city, "姓名": name, "订单号": order}),
+            (f"我想{when}预约{organisation}，姓名{name}，电话{phone}", {"时间": when, "单位": organisation, "姓名": name, "电话": phone}),
+            (f"{organisation}招聘{job}，月薪{salary}，简历发到{mail}", {"单位": organisation, "职业": job, "月薪": salary, "邮箱": mail}),
+            (f"会议由{boss}主持，{name}记录，{when}开始", {"主持人": boss, "记录人": name, "时间": when}),
+            (f"{goods}原价{amount + 50}元，现价{amount}元", {"商品": goods, "原价": f"{amount + 50}元", "现价": f"{amount}元"}),
+            (f"{name}，{age}岁，{city}人，{job}，电话{phone}", {"姓名": name, "年龄": f"{age}岁", "城市": city, "职业": job, "电话": phone}),
         ]
-    )
+    )  # fmt: skip
 
 
 def _en_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
     """The English twin of _zh_record."""
-    name, city = _name(rng, split, "en"), rng.choice(EN_CITIES)
+    (name, boss), city = _names(rng, split, "en", 2), rng.choice(EN_CITIES)
     job, age, date = rng.choice(EN_JOBS), rng.randint(6, 80), f"{rng.choice(EN_MONTHS)} {rng.randint(1, 28)}"
     clock, day = f"{rng.randint(1, 12)} {rng.choice(['a.m.', 'p.m.'])}", rng.choice(EN_DAYS)
     fruit, count, price = rng.choice(EN_FRUITS), rng.randint(2, 30), rng.randint(3, 99)
@@ -628,6 +765,10 @@ def _en_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
         f"room {rng.randint(101, 909)}",
     )
     phone = f"555-{rng.randint(1000, 9999)}"
+    mail = f"{name.lower()}.{rng.choice(['office', 'home', 'desk', 'team'])}{rng.randint(1, 99)}@example.{rng.choice(['com', 'org', 'net'])}"
+    organisation, hall = rng.choice(EN_ORGANISATIONS), rng.choice(EN_ROOMS)
+    goods, amount = _draw(rng, split, lambda: (rng.choice(EN_GOODS), f"{rng.randint(5, 980)} dollars"))
+    order = f"{rng.choice('ABDHKX')}-{rng.randint(10000, 99999)}"
     return rng.choice(
         [
             (f"My name is {name} and I live in {city}.", {"name": name, "city": city}),
@@ -649,8 +790,65 @@ def _en_record(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
                 f"I would like {count} {fruit}, delivered to {city} on {day}.",
                 {"item": fruit, "quantity": str(count), "city": city, "day": day},
             ),
+            (f"{name} works for {organisation} as {_article(job)}.", {"name": name, "company": organisation, "job": job}),
+            (f"{organisation} invites you to {_article(event)} on {date} at {hall}.", {"company": organisation, "event": event, "date": date, "place": hall}),
+            (f"Order {order} for {name} was shipped to {city}.", {"order": order, "name": name, "city": city}),
+            (f"My order number is {order}. I bought {_article(goods)} and want {amount} back.", {"order": order, "item": goods, "amount": amount}),
+            (f"Please write to {name} at {mail}.", {"name": name, "email": mail}),
+            (f"{name} can be reached at {phone} or {mail}.", {"name": name, "phone": phone, "email": mail}),
+            (f"{name} paid {amount} to {organisation} on {date}.", {"name": name, "amount": amount, "company": organisation, "date": date}),
+            (f"Meet {name} at {clock} on {day} at {hall}.", {"name": name, "time": clock, "day": day, "place": hall}),
+            (f"Receipt: {organisation}, {date}, one {goods}, {amount}.", {"company": organisation, "date": date, "item": goods, "amount": amount}),
+            (f"Send the {goods} to {name} in {city}, order {order}.", {"item": goods, "name": name, "city": city, "order": order}),
+            (f"{organisation} in {city} is looking for {_article(job)}; contact {mail}.", {"company": organisation, "city": city, "job": job, "email": mail}),
+            (f"I would like to book a table for {count} on {day} at {clock}, name {name}.", {"guests": str(count), "day": day, "time": clock, "name": name}),
+            (f"The talk is given by {name} and led by {boss}, {date}, {hall}.", {"speaker": name, "chair": boss, "date": date, "place": hall}),
+            (f"{name}, {age}, {job}, {city}, {phone}.", {"name": name, "age": str(age), "job": job, "city": city, "phone": phone}),
         ]
-    )
+    )  # fmt: skip
+
+
+# How the fields are asked for, by language and by whether JSON is wanted.
+EXTRACT_REQUESTS = {
+    ("zh", True): [
+        "提取{keys}，用JSON输出：{sentence}", "请用JSON格式输出{keys}：{sentence}", "从下面的句子里提取{keys}，输出JSON：{sentence}",
+        "{sentence}。请把{keys}整理成JSON", "把{keys}抽取出来，格式为JSON：{sentence}", "{sentence}\n提取{keys}，返回JSON",
+        "把这句话变成JSON，字段有{keys}：{sentence}", "请从文本中抽取{keys}，只输出JSON。文本：{sentence}",
+        "文本：{sentence}\n任务：抽取{keys}，以JSON返回", "信息抽取：{sentence}\n字段：{keys}\n格式：JSON",
+        "{sentence}——这里的{keys}是什么？用JSON回答", "读一读，然后用JSON写出{keys}：{sentence}",
+        "我需要{keys}，给我JSON就行：{sentence}", "提取信息\n{sentence}\n要{keys}，json格式", "json 提取 {keys}：{sentence}",
+        "请将“{sentence}”转换为JSON，包含{keys}",
+    ],
+    ("zh", False): [
+        "提取{keys}：{sentence}", "请列出下面句子里的{keys}：{sentence}", "{sentence}。请提取{keys}", "找出{keys}：{sentence}",
+        "这句话里的{keys}分别是什么：{sentence}", "从文本中抽取{keys}，一行一个：{sentence}",
+        "文本：{sentence}\n请写出{keys}", "帮我把{keys}找出来：{sentence}", "信息抽取，需要{keys}：{sentence}",
+    ],
+    ("en", True): [
+        "Extract {keys} as JSON: {sentence}", "Give me {keys} as JSON: {sentence}", "{sentence} Return {keys} as JSON.",
+        "Read the sentence and output {keys} in JSON: {sentence}", "Turn this into JSON with {keys}: {sentence}",
+        "Convert to JSON with the fields {keys}: {sentence}", "Text: {sentence}\nTask: extract {keys}, answer in JSON only.",
+        "I need {keys} in JSON format from this: {sentence}", "json please, {keys}: {sentence}",
+        "Pull {keys} out of this text and write JSON: {sentence}", "What are {keys} here? Answer as JSON. {sentence}",
+        "Information extraction. Fields: {keys}. Format: JSON. Text: {sentence}", 'Make a JSON object with {keys} from "{sentence}"',
+    ],
+    ("en", False): [
+        "Extract {keys}: {sentence}", "List {keys}: {sentence}", "{sentence} Please extract {keys}.", "Find {keys} in this sentence: {sentence}",
+        "Text: {sentence}\nWrite down {keys}, one per line.", "Pull out {keys}: {sentence}", "What are {keys} in this text? {sentence}",
+        "Information extraction, fields {keys}: {sentence}",
+    ],
+}  # fmt: skip
+POLITE_REQUESTS = {
+    "zh": [
+        "你好，能{how}写出{keys}吗？原文：{sentence}", "麻烦{how}列出{keys}，谢谢：{sentence}", "原文如下：{sentence}。麻烦你{how}给出{keys}",
+        "{keys}，请{how}列出来，内容在这里：{sentence}", "我有一段话：{sentence}。可以{how}整理出{keys}吗？", "{sentence}。能帮我{how}写一下{keys}吗？谢谢",
+    ],
+    "en": [
+        "Hello, could you give me {keys} {how}? The text: {sentence}", "{sentence} Could you write {keys} {how}, please?",
+        "Would you mind listing {keys} {how}? Thank you. {sentence}", "Here is a text: {sentence} From it I need {keys}, {how}.",
+        "Please, {keys} {how}: {sentence}", "{sentence} Thanks for writing {keys} {how}.",
+    ],
+}  # fmt: skip
 
 
 def extract_fields(rng: random.Random, split: str) -> Dialogue:
@@ -661,61 +859,24 @@ def extract_fields(rng: random.Random, split: str) -> Dialogue:
         fields = {key: fields[key] for key in rng.sample(list(fields), rng.randint(1, len(fields)))}
     as_json = rng.random() < 0.6
     if lang == "zh":
-        keys = _zh_list(list(fields))
-        if as_json:
-            query = rng.choice(
-                [
-                    f"提取{keys}，用JSON输出：{sentence}", f"请用JSON格式输出{keys}：{sentence}", f"从下面的句子里提取{keys}，输出JSON：{sentence}",
-                    f"{sentence}。请把{keys}整理成JSON", f"把{keys}抽取出来，格式为JSON：{sentence}", f"{sentence}\n提取{keys}，返回JSON",
-                ]
-            )  # fmt: skip
-        else:
-            query = rng.choice(
-                [
-                    f"提取{keys}：{sentence}",
-                    f"请列出下面句子里的{keys}：{sentence}",
-                    f"{sentence}。请提取{keys}",
-                    f"找出{keys}：{sentence}",
-                ]
-            )
-        answer = (
-            json.dumps(fields, ensure_ascii=False)
-            if as_json
-            else "\n".join(f"{key}：{value}" for key, value in fields.items())
-        )
+        keys, how = _zh_list(list(fields)), "用JSON格式" if as_json else "逐行"
+        lines = [f"{key}：{value}" for key, value in fields.items()]
     else:
-        keys = _en_list(list(fields))
-        if as_json:
-            query = rng.choice(
-                [
-                    f"Extract {keys} as JSON: {sentence}", f"Give me {keys} as JSON: {sentence}", f"{sentence} Return {keys} as JSON.",
-                    f"Read the sentence and output {keys} in JSON: {sentence}", f"Turn this into JSON with {keys}: {sentence}",
-                ]
-            )  # fmt: skip
-        else:
-            query = rng.choice(
-                [
-                    f"Extract {keys}: {sentence}",
-                    f"List {keys}: {sentence}",
-                    f"{sentence} Please extract {keys}.",
-                    f"Find {keys} in this sentence: {sentence}",
-                ]
-            )
-        answer = (
-            json.dumps(fields)
-            if as_json
-            else "\n".join(f"{key.capitalize()}: {value}" for key, value in fields.items())
-        )
-    return _single("extract/fields", lang, query, answer)
+        keys, how = _en_list(list(fields)), "as JSON" if as_json else "one per line"
+        lines = [f"{key.capitalize()}: {value}" for key, value in fields.items()]
+    request = rng.choice(POLITE_REQUESTS[lang] if rng.random() < 0.25 else EXTRACT_REQUESTS[lang, as_json])
+    answer = json.dumps(fields, ensure_ascii=False) if as_json else "\n".join(lines)
+    return _single("extract/fields", lang, request.format(keys=keys, sentence=sentence, how=how), answer)
 
 
 def extract_words(rng: random.Random, split: str) -> Dialogue:
-    """All names, cities, fruits or numbers of a sentence, as a short list in the order of the sentence."""
+    """All names, cities, jobs or other words of one kind in a sentence, as a short list in the order of the sentence."""
     lang = _lang(rng)
     count = rng.choice((1, 2, 2, 3))
     names = _names(rng, split, lang, max(count, 2))
+    cities = _draw(rng, split, lambda: tuple(rng.sample(ZH_CITIES if lang == "zh" else EN_CITIES, count)))
     if lang == "zh":
-        cities, fruits = rng.sample(ZH_CITIES, count), rng.sample(ZH_FRUITS, count)
+        fruits = rng.sample(ZH_FRUITS, count)
         days = rng.choice(["昨天", "上周", "今天", "周末", "去年"])
         kind, words, sentence = rng.choice(
             [
@@ -725,8 +886,13 @@ def extract_words(rng: random.Random, split: str) -> Dialogue:
                 ("城市", cities, f"我们公司在{_zh_list(cities)}有办公室"),
                 ("城市", cities, f"{names[0]}想去{_zh_list(cities)}旅行"),
                 ("水果", fruits, f"{names[0]}在{rng.choice(ZH_CITIES)}买了{_zh_list(fruits)}"),
+                ("单位", organisations := rng.sample(ZH_ORGANISATIONS, count), f"{names[0]}{days}去了{_zh_list(organisations)}办事"),
+                ("物品", goods := rng.sample(ZH_GOODS, count), f"{names[0]}在商店买了{_zh_list(goods)}"),
+                ("职业", jobs := rng.sample(ZH_JOBS, count), f"{names[0]}家里有{_zh_list(jobs)}"),
+                ("颜色", colours := rng.sample(ZH_COLOURS, count), f"{names[0]}的画里有{_zh_list(colours)}"),
+                ("爱好", hobbies := rng.sample(ZH_HOBBIES, count), f"{names[0]}周末喜欢{_zh_list(hobbies)}"),
             ]
-        )
+        )  # fmt: skip
         query = rng.choice(
             [
                 f"找出句子里的{kind}：{sentence}",
@@ -738,7 +904,7 @@ def extract_words(rng: random.Random, split: str) -> Dialogue:
         )
         answer = rng.choice([f"{kind}：{'、'.join(words)}", f"{kind}有：{'、'.join(words)}。"])
     else:
-        cities, fruits = rng.sample(EN_CITIES, count), rng.sample(EN_FRUITS, count)
+        fruits = rng.sample(EN_FRUITS, count)
         kind, words, sentence = rng.choice(
             [
                 ("names", names, f"{_en_list(names)} went to {rng.choice(EN_CITIES)} last week."),
@@ -746,8 +912,13 @@ def extract_words(rng: random.Random, split: str) -> Dialogue:
                 ("cities", cities, f"{names[0]} wants to visit {_en_list(cities)}."),
                 ("cities", cities, f"We have offices in {_en_list(cities)}."),
                 ("fruits", fruits, f"{names[0]} bought {_en_list(fruits)} at the market in {rng.choice(EN_CITIES)}."),
+                ("companies", organisations := rng.sample(EN_ORGANISATIONS, count), f"{names[0]} has worked for {_en_list(organisations)}."),
+                ("jobs", jobs := rng.sample(EN_JOBS, count), f"{names[0]} has worked as {_en_list([_article(job) for job in jobs])}."),
+                ("colours", colours := rng.sample(EN_COLOURS, count), f"{names[0]} painted the wall in {_en_list(colours)}."),
+                ("items", goods := rng.sample(EN_GOODS, count), f"{names[0]} packed {_en_list([_article(word) for word in goods])}."),
+                ("hobbies", hobbies := rng.sample(EN_HOBBIES, count), f"{names[0]} enjoys {_en_list(hobbies)} at weekends."),
             ]
-        )
+        )  # fmt: skip
         query = rng.choice(
             [
                 f"List the {kind}: {sentence}",
@@ -761,9 +932,58 @@ def extract_words(rng: random.Random, split: str) -> Dialogue:
     return _single("extract/words", lang, query, answer, *words)
 
 
+def _hanzi() -> list[str]:
+    lists = (
+        ZH_CITIES,
+        ZH_JOBS,
+        ZH_COLOURS,
+        ZH_FRUITS,
+        ZH_FOODS,
+        ZH_HOBBIES,
+        ZH_PETS,
+        ZH_PET_NAMES,
+        ZH_THINGS,
+        ZH_PLACES,
+    )
+    texts = [*ZH_SURNAMES, *ZH_GIVEN, *(word for words in lists for word in words), *(zh for zh, _ in VOCABULARY)]
+    texts += [part for pair in ZH_FILLERS for part in pair]
+    return sorted({char for text in texts for char in text if "\u4e00" <= char <= "\u9fff"})
+
+
+HANZI = _hanzi()
+ZH_WORDS = [*ZH_CITIES, *ZH_JOBS, *ZH_COLOURS, *ZH_FRUITS, *ZH_FOODS, *ZH_HOBBIES, *ZH_PETS, *ZH_THINGS, *ZH_PLACES]
+ZH_WORDS += [zh for zh, _ in VOCABULARY]
+EN_WORDS = [
+    *(name for name in EN_NAMES if not is_heldout(name)),
+    *EN_CITIES,
+    *EN_JOBS,
+    *EN_COLOURS,
+    *EN_FRUITS,
+    *EN_FOODS,
+    *EN_HOBBIES,
+    *EN_PETS,
+    *EN_THINGS,
+]
+EN_WORDS += [en for _, en in VOCABULARY]
+
+
+def _nonsense(rng: random.Random, lang: str) -> str:
+    """Hanzi, words, letters or digits in any order: only looking at them helps to repeat them."""
+    kind = rng.random()
+    if lang == "zh" and kind < 0.4:
+        return "".join(rng.choice(HANZI) for _ in range(rng.randint(2, 16)))
+    if kind < 0.8:
+        words = rng.choices(ZH_WORDS if lang == "zh" else EN_WORDS, k=rng.randint(2, 8))
+        return ("" if lang == "zh" else " ").join(words)
+    if kind < 0.9:
+        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9)))
+    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 11)))
+
+
 def copy_text(rng: random.Random, split: str) -> Dialogue:
-    """Repeat after me: a made-up sentence, some words or digits come back unchanged."""
+    """Repeat after me: a made-up sentence, some words, digits or plain nonsense come back unchanged."""
     lang = _lang(rng)
+    nonsense = _draw(rng, split, lambda: (_nonsense(rng, lang),))[0] if rng.random() < 0.6 else ""
     if lang == "zh":
         name = _name(rng, split, "zh")
         words = rng.sample(ZH_FRUITS + ZH_THINGS + ZH_COLOURS + ZH_PETS, rng.randint(2, 4))
@@ -774,6 +994,7 @@ def copy_text(rng: random.Random, split: str) -> Dialogue:
                 f"{rng.choice(ZH_THINGS)}在{rng.choice(ZH_PLACES)}",
             ]
         )  # fmt: skip
+        text = nonsense or text
         query = rng.choice(
             [
                 f"跟我说：{text}",
@@ -795,6 +1016,7 @@ def copy_text(rng: random.Random, split: str) -> Dialogue:
                 f"The {rng.choice(EN_PETS)} is {rng.choice(EN_COLOURS)}",
             ]
         )  # fmt: skip
+        text = nonsense or text
         query = rng.choice(
             [
                 f"Repeat after me: {text}",
@@ -817,6 +1039,9 @@ def read_sentence(rng: random.Random, split: str) -> Dialogue:
             [
                 ("住在", rng.sample(ZH_CITIES, 2), "哪里"), ("喜欢吃", rng.sample(ZH_FOODS, 2), "什么"), ("喜欢", rng.sample(ZH_HOBBIES, 2), "什么"),
                 ("去了", rng.sample(ZH_CITIES, 2), "哪里"), ("买了", rng.sample(ZH_FRUITS, 2), "什么"), ("的工作是", rng.sample(ZH_JOBS, 2), "什么"),
+                ("来自", rng.sample(ZH_CITIES, 2), "哪里"), ("养了一只", rng.sample(ZH_PETS, 2), "什么"), ("忘了带", rng.sample(ZH_THINGS, 2), "什么"),
+                ("在学", rng.sample("游泳 画画 跳舞 下棋 摄影 滑雪 书法 英语".split(), 2), "什么"), ("最爱", rng.sample(ZH_COLOURS, 2), "什么颜色"),
+                ("每天喝", rng.sample(ZH_DRINKS, 2), "什么"), ("坐在", rng.sample("第一排 第二排 窗边 门口 最后一排".split(), 2), "哪里"),
             ]
         )  # fmt: skip
         text = f"{first}{kind}{values[0]}，{second}{kind}{values[1]}。"
@@ -835,6 +1060,10 @@ def read_sentence(rng: random.Random, split: str) -> Dialogue:
                 ("lives in", "live in", rng.sample(EN_CITIES, 2), "Where does {} live?"), ("likes", "like", rng.sample(EN_FOODS, 2), "What does {} like?"),
                 ("enjoys", "enjoy", rng.sample(EN_HOBBIES, 2), "What does {} enjoy?"), ("went to", "go to", rng.sample(EN_CITIES, 2), "Where did {} go?"),
                 ("bought", "buy", rng.sample(EN_FRUITS, 2), "What did {} buy?"), ("works as a", "work as a", rng.sample([job for job in EN_JOBS if job[0] not in "aeiou"], 2), "What does {} work as?"),
+                ("comes from", "come from", rng.sample(EN_CITIES, 2), "Where does {} come from?"), ("keeps a", "keep a", rng.sample(EN_PETS, 2), "What does {} keep?"),
+                ("drinks", "drink", rng.sample(EN_DRINKS, 2), "What does {} drink?"), ("wears", "wear", rng.sample(EN_COLOURS, 2), "What does {} wear?"),
+                ("plays the", "play the", rng.sample(EN_INSTRUMENTS, 2), "What does {} play?"),
+                ("sits by the", "sit by the", rng.sample("window door stove wall stairs".split(), 2), "Where does {} sit?"),
             ]
         )  # fmt: skip
         helper = "Did" if verb in ("went to", "bought") else "Does"
@@ -854,11 +1083,14 @@ def read_sentence(rng: random.Random, split: str) -> Dialogue:
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _sum_steps(left: int, right: int) -> str:
-    """How to add two numbers above ten without a carry in the head, e.g. "30 + 20 = 50, 7 + 5 = 12, "; "" if it is easy."""
-    if left < 10 or right < 10:
+def _steps(left: int, sign: str, right: int) -> str:
+    """The way to the result, tens first, where it is not in the head, e.g. "37 + 20 = 57, 57 + 5 = 62, "; else ""."""
+    if sign not in "+-" or right < 10 or left < 10 or right % 10 == 0:
         return ""
-    return f"{left // 10 * 10} + {right // 10 * 10} = {left // 10 * 10 + right // 10 * 10}, {left % 10} + {right % 10} = {left % 10 + right % 10}, "
+    tens, units = right // 10 * 10, right % 10
+    middle = left + tens if sign == "+" else left - tens
+    result = left + right if sign == "+" else left - right
+    return f"{left} {sign} {tens} = {middle}, {middle} {sign} {units} = {result}, "
 
 
 def arithmetic(rng: random.Random, split: str) -> Dialogue:
@@ -880,7 +1112,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
     left, sign, right = _draw(rng, split, sample)
     result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right if right else 0}[sign]
     symbol = {"+": "+", "-": "-", "*": "×", "/": "÷"}[sign]
-    steps = _sum_steps(left, right) if sign == "+" else ""
+    steps = _steps(left, sign, right).replace(", ", "。" if lang == "zh" else ", ")  # "，" between digits becomes ","
     story = sign in "+-" and left and right and rng.random() < 0.3
     if lang == "zh":
         word = {"+": "加", "-": "减", "*": "乘以", "/": "除以"}[sign]
@@ -895,7 +1127,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                         f"篮子里有{left}{unit}{thing}，又放进{right}{unit}，现在有几{unit}？",
                     ]
                 )
-                answer = f"{left}加{right}等于{result}，一共{result}{unit}。"
+                answer = f"{steps}{left}加{right}等于{result}，一共{result}{unit}。"
             else:
                 query = rng.choice(
                     [
@@ -904,7 +1136,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                         f"{left}{unit}{thing}，送给别人{right}{unit}，还剩几{unit}？",
                     ]
                 )
-                answer = f"{left}减{right}等于{result}，还剩{result}{unit}。"
+                answer = f"{steps}{left}减{right}等于{result}，还剩{result}{unit}。"
         else:
             query = rng.choice(
                 [
@@ -913,12 +1145,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                     f"{left}{symbol}{right}等于多少？", f"{left}{symbol}{right}",
                 ]
             )  # fmt: skip
-            answer = (
-                f"{steps}{left}{word}{right}等于{result}。"
-                if steps and rng.random() < 0.5
-                else f"{left}{word}{right}等于{result}。"
-            )
-            answer = answer.replace(", ", "。")  # the tokenizer would turn "，" between digits into ","
+            answer = f"{steps}{left}{word}{right}等于{result}。"
     else:
         word = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}[sign]
         if story:
@@ -930,7 +1157,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                         f"There are {left} {thing} in a box. I add {right}. How many are there?",
                     ]
                 )
-                answer = f"{left} plus {right} is {result}, so there are {result}."
+                answer = f"{steps}{left} plus {right} is {result}, so there are {result}."
             else:
                 query = rng.choice(
                     [
@@ -938,7 +1165,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                         f"There are {left} {thing}. I take {right} away. How many are left?",
                     ]
                 )
-                answer = f"{left} minus {right} is {result}, so {result} are left."
+                answer = f"{steps}{left} minus {right} is {result}, so {result} are left."
         else:
             query = rng.choice(
                 [
@@ -946,11 +1173,7 @@ def arithmetic(rng: random.Random, split: str) -> Dialogue:
                     f"{left} {symbol} {right} =", f"{left}{symbol}{right}=?", f"What is {left} {symbol} {right}?", f"Please compute {left} {word} {right}.",
                 ]
             )  # fmt: skip
-            answer = (
-                f"{steps}so {left} {word} {right} is {result}."
-                if steps and rng.random() < 0.5
-                else f"{left} {word} {right} is {result}."
-            )
+            answer = f"{steps}{'so ' * bool(steps)}{left} {word} {right} is {result}."
     return _single("arithmetic/small", lang, query, answer, f"等于{result}" if lang == "zh" else f"is {result}")
 
 
@@ -1166,6 +1389,34 @@ ZH_REVIEWS = {
         [("送货很快", "很快"), ("包装完好", "完好"), ("快递员很有礼貌", "有礼貌"), ("当天就收到了", "当天就收到")],
         [("送货太慢", "太慢"), ("包装都破了", "破了"), ("快递员态度恶劣", "恶劣"), ("东西送错了", "送错")],
     ),
+    "软件": (
+        [("界面简单清楚", "简单清楚"), ("广告很少", "很少"), ("打开很快", "很快"), ("功能齐全", "齐全"), ("更新及时", "及时"), ("客服回复很耐心", "耐心")],
+        [("界面乱七八糟", "乱七八糟"), ("广告多得烦人", "烦人"), ("打开就闪退", "闪退"), ("功能还要另外收费", "另外收费"), ("登录总是失败", "失败"), ("客服只会复制粘贴", "复制粘贴")],
+    ),
+    "课程": (
+        [("老师讲得清楚", "清楚"), ("例子很多，一听就懂", "一听就懂"), ("作业都有批改", "都有批改"), ("节奏刚刚好", "刚刚好"), ("学完真的会用", "真的会用")],
+        [("老师照着稿子念", "照着稿子念"), ("例子太旧", "太旧"), ("作业没人改", "没人改"), ("节奏太快，完全跟不上", "跟不上"), ("学完什么也没记住", "什么也没记住")],
+    ),
+    "出租车": (
+        [("司机很有礼貌", "有礼貌"), ("车里干净没有味道", "干净"), ("开得又稳又安全", "又稳又安全"), ("等了两分钟就来了", "两分钟"), ("收费合理", "合理")],
+        [("司机一路骂人", "骂人"), ("车里烟味很重", "烟味"), ("开得又急又猛，晃得我想吐", "想吐"), ("等了四十分钟", "等了四十分钟"), ("故意绕路", "绕路")],
+    ),
+    "牙刷": (
+        [("刷毛柔软不伤牙龈", "柔软"), ("握着很舒服", "舒服"), ("续航一个月", "续航一个月"), ("刷得很干净", "很干净"), ("声音很小", "很小")],
+        [("刷毛太硬，牙龈出血", "出血"), ("握着打滑", "打滑"), ("续航只有两天", "只有两天"), ("刷得不干净", "不干净"), ("震得手发麻", "发麻")],
+    ),
+    "水果": (
+        [("吃着很甜", "很甜"), ("个个新鲜", "新鲜"), ("汁水很足", "很足"), ("包装很用心", "很用心"), ("比超市便宜", "便宜")],
+        [("吃着又酸又涩", "又酸又涩"), ("个个发蔫", "发蔫"), ("汁水很少", "很少"), ("分量不够，少了一斤", "少了一斤"), ("比超市还贵", "还贵")],
+    ),
+    "耳机": (
+        [("音质清晰", "清晰"), ("戴着很轻", "很轻"), ("连接稳定", "稳定"), ("降噪效果好", "效果好"), ("一天充一次就够", "就够")],
+        [("音质沙沙的", "沙沙的"), ("戴久了耳朵疼", "耳朵疼"), ("连接老是断", "老是断"), ("左边没有声音", "没有声音"), ("用了一周就坏了", "就坏了")],
+    ),
+    "博物馆": (
+        [("展品丰富", "丰富"), ("讲解生动有趣", "生动有趣"), ("工作人员很热心", "热心"), ("展厅宽敞明亮", "宽敞明亮"), ("免费还能寄存行李", "免费")],
+        [("展品太少", "太少"), ("讲解机坏了没人管", "没人管"), ("工作人员爱理不理", "爱理不理"), ("排队两个小时", "排队两个小时"), ("展厅太暗看不清", "看不清")],
+    ),
 }  # fmt: skip
 EN_REVIEWS = {
     "restaurant": (
@@ -1192,6 +1443,38 @@ EN_REVIEWS = {
         [("I could not put it down", "could not put it down"), ("the characters are charming", "charming"), ("it taught me a lot", "taught me a lot"), ("the writing is elegant", "elegant")],
         [("I gave up after ten pages", "gave up"), ("the characters are flat", "flat"), ("it was a waste of time", "waste of time"), ("the writing is clumsy", "clumsy")],
     ),
+    "app": (
+        [("the layout is clear", "clear"), ("it opens in a second", "opens in a second"), ("adverts are rare", "rare"), ("every update brings something useful", "useful"), ("support answered politely", "politely")],
+        [("the layout is confusing", "confusing"), ("it crashes all the time", "crashes"), ("adverts pop up everywhere", "pop up everywhere"), ("the update deleted my notes", "deleted my notes"), ("support never answered", "never answered")],
+    ),
+    "course": (
+        [("the teacher explains everything well", "explains everything well"), ("I could use it at once", "could use it at once"), ("our homework was corrected carefully", "corrected carefully"), ("lessons have the right length", "right length")],
+        [("the teacher just reads his slides", "just reads his slides"), ("I learned nothing new", "nothing new"), ("our homework was never corrected", "never corrected"), ("lessons are far too fast", "too fast")],
+    ),
+    "taxi": (
+        [("the driver was polite", "polite"), ("it came within three minutes", "within three minutes"), ("he drove calmly", "calmly"), ("our car was spotless", "spotless"), ("the fare was fair", "fair")],
+        [("the driver shouted at us", "shouted at us"), ("it came forty minutes late", "late"), ("he took a long detour", "detour"), ("our car smelled of smoke", "smelled of smoke"), ("the fare was far too high", "too high")],
+    ),
+    "toothbrush": (
+        [("its bristles are soft", "soft"), ("one charge lasts a month", "lasts a month"), ("my teeth feel clean", "clean"), ("the motor is quiet", "quiet")],
+        [("its bristles hurt my gums", "hurt my gums"), ("one charge lasts a single day", "a single day"), ("my teeth still feel rough", "still feel rough"), ("the motor is far too loud", "too loud")],
+    ),
+    "fruit": (
+        [("it was sweet and juicy", "sweet and juicy"), ("every piece was fresh", "fresh"), ("it came packed with great care", "great care"), ("it costs less than in the shop", "costs less")],
+        [("it was sour and hard", "sour and hard"), ("every piece was rotten", "rotten"), ("it came packed badly and crushed", "crushed"), ("two apples were missing", "missing")],
+    ),
+    "headphones": (
+        [("the sound is rich", "rich"), ("they feel light", "light"), ("bluetooth connects at once", "connects at once"), ("noise stays outside", "stays outside")],
+        [("the sound crackles", "crackles"), ("my ears hurt after an hour", "hurt"), ("bluetooth keeps dropping out", "dropping out"), ("one side went silent in a week", "went silent")],
+    ),
+    "museum": (
+        [("the exhibits are wonderful", "wonderful"), ("our guide told great stories", "great stories"), ("the halls are bright", "bright"), ("kids can touch things", "can touch things")],
+        [("the exhibits are dull", "dull"), ("our guide mumbled", "mumbled"), ("the halls were dark and hot", "dark and hot"), ("we queued for two hours", "two hours")],
+    ),
+}  # fmt: skip
+ZH_OPENINGS = {
+    "餐厅": ["这家餐厅", "这次"], "酒店": ["这家酒店", "这次"], "手机": ["这部手机"], "电影": ["这部电影"], "书": ["这本书"], "衣服": ["这件衣服"], "快递": [],
+    "软件": ["这个软件"], "课程": ["这门课程"], "出租车": ["这次打车，"], "牙刷": ["这支牙刷"], "水果": ["这次的水果"], "耳机": ["这副耳机"], "博物馆": ["这家博物馆"],
 }  # fmt: skip
 ZH_ENDINGS = {
     True: ["", "，下次还来", "，很满意", "，推荐给大家", "，值得", "，给个好评"],
@@ -1221,22 +1504,14 @@ def sentiment(rng: random.Random, split: str) -> Dialogue:
     words = [word for _, word in clauses]
     if lang == "zh":
         joined = ("，但是" if mood == "mixed" else "，").join(text for text, _ in clauses)
-        opening = rng.choice(
-            [
-                "",
-                f"这家{subject}" if subject in ("餐厅", "酒店") else "",
-                "这次"
-                if subject in ("餐厅", "酒店", "快递")
-                else f"这{'部' if subject in ('手机', '电影') else '本' if subject == '书' else '件'}{subject}",
-            ]
-        )
-        if opening == "这次快递":
-            opening = ""
+        opening = rng.choice(["", *ZH_OPENINGS[subject]])
         review = opening + joined + (rng.choice(ZH_ENDINGS[mood == "good"]) if mood != "mixed" else "")
         query = rng.choice(
             [
                 f"这条评论是正面的还是负面的？{review}", f"判断情感：{review}", f"下面的评价是好评还是差评？{review}", f"“{review}”是好评还是差评？",
                 f"请判断这句话的情感倾向：{review}", f"{review}。这是好评还是差评？", f"情感分类：{review}", f"这句评论是积极的还是消极的：{review}",
+                f"这位顾客满意吗？{review}", f"“{review}”，说话的人满意还是不满意？", f"评论：{review}\n情感：", f"帮我看看这条评价是夸还是骂：{review}",
+                f"下面的话是表扬还是批评？{review}", f"{review} 属于正面还是负面", f"情感分析 {review}",
             ]
         )  # fmt: skip
         shown = "和".join(f"“{word}”" for word in words)
@@ -1253,6 +1528,8 @@ def sentiment(rng: random.Random, split: str) -> Dialogue:
                 f"Is this review positive or negative? {review}", f"Positive or negative: {review}", f"What is the sentiment of this review? {review}",
                 f"{review} Is that a good or a bad review?", f"Classify the sentiment: {review}", f"Tell me if this is positive or negative: {review}",
                 f'"{review}" Is the customer happy?',
+                f"Review: {review} Sentiment?", f"Does the writer like it? {review}", f"Praise or complaint? {review}", f"{review} Positive, negative or mixed?",
+                f"sentiment: {review}", f'How does the customer feel? "{review}"',
             ]
         )  # fmt: skip
         shown = " and ".join(f'"{word}"' for word in words)
@@ -1269,43 +1546,53 @@ ZH_COPY = {
         "棉": "亲肤的棉质面料，柔软透气", "牛仔布": "结实的牛仔布，耐穿有型", "雪纺": "轻盈的雪纺面料，飘逸灵动", "针织": "柔软的针织面料，贴身不紧绷",
         "羊毛": "细腻的羊毛，保暖又轻柔", "蕾丝": "精致的蕾丝，尽显柔美", "亚麻": "天然的亚麻，清爽透气", "真丝": "顺滑的真丝，光泽动人",
         "皮革": "硬朗的皮革，帅气十足", "丝绒": "细腻的丝绒，质感高级", "毛呢": "厚实的毛呢，挺括保暖", "灯芯绒": "温暖的灯芯绒，纹理清晰",
+        "羊绒": "柔软的羊绒，轻暖贴心", "法兰绒": "绵密的法兰绒，摸着就暖和", "速干面料": "速干的面料，出汗也清爽", "天丝": "垂顺的天丝，凉滑舒适",
+        "网纱": "轻薄的网纱，层层飘逸", "羽绒": "蓬松的羽绒，轻便御寒", "莫代尔": "细滑的莫代尔，像第二层皮肤", "棉麻": "透气的棉麻，自然舒展",
     },
     "风格": {
         "清新": "清新的风格，像一阵微风", "复古": "复古的味道，耐人寻味", "休闲": "休闲的设计，轻松自在", "甜美": "甜美的气质，减龄可爱",
         "优雅": "优雅的气息，端庄大方", "简约": "简约的线条，百搭不挑人", "运动": "运动的元素，充满活力", "文艺": "文艺的气质，安静美好",
         "通勤": "通勤的款式，得体干练", "街头": "街头的感觉，个性十足", "浪漫": "浪漫的气息，令人心动", "学院": "学院的风格，青春洋溢",
+        "田园": "田园的风格，像走进花海", "商务": "商务的款式，稳重得体", "中国风": "中国风的设计，古韵悠长", "潮流": "潮流的设计，走在前面",
+        "度假": "度假的感觉，像吹着海风", "英伦": "英伦的格调，绅士十足", "森系": "森系的气息，自然清新", "酷感": "酷酷的样子，回头率高",
     },
     "图案": {
         "碎花": "细碎的花朵点缀其间", "条纹": "经典的条纹修饰身形", "格子": "格子图案经典耐看", "波点": "俏皮的波点活泼可爱", "刺绣": "精美的刺绣见证用心",
         "印花": "别致的印花吸引目光", "字母": "醒目的字母增添个性", "卡通": "可爱的卡通图案充满童趣", "纯色": "干净的纯色简单大方",
+        "小花": "小花朵朵，温柔可爱", "豹纹": "野性的豹纹，气场十足", "拼色": "撞色拼接，层次分明", "手绘": "手绘的图案，独一无二", "渐变": "渐变的色彩，像天边的晚霞", "雪花": "点点雪花，满是冬日气息",
     },
     "版型": {
         "宽松": "宽松的版型遮肉显瘦，行动自如", "修身": "修身的剪裁勾勒曲线", "直筒": "直筒的版型不挑身材", "显瘦": "显瘦的剪裁修饰身形", "短款": "短款的设计拉长比例", "收腰": "收腰的设计突出腰线",
+        "a字": "a字的轮廓遮住小肚子", "长款": "长款的设计气场十足", "h型": "h型的廓形利落大方", "微喇": "微喇的线条拉长小腿",
     },
-    "领型": {"圆领": "圆领简洁舒适", "v领": "v领拉长颈部线条", "高领": "高领保暖又有型", "方领": "方领露出优美锁骨", "娃娃领": "娃娃领甜美乖巧"},
-    "袖长": {"长袖": "长袖温暖贴心", "短袖": "短袖清凉利落", "无袖": "无袖清爽干净", "七分袖": "七分袖露出纤细手腕"},
-    "腰型": {"高腰": "高腰设计拉长双腿", "中腰": "中腰设计舒适自然", "松紧腰": "松紧腰穿脱方便"},
+    "领型": {"圆领": "圆领简洁舒适", "v领": "v领拉长颈部线条", "高领": "高领保暖又有型", "方领": "方领露出优美锁骨", "娃娃领": "娃娃领甜美乖巧", "翻领": "翻领显得精神", "一字领": "一字领露出优美肩线", "立领": "立领挺括有型", "连帽": "连帽的设计挡风又减龄"},
+    "袖长": {"长袖": "长袖温暖贴心", "短袖": "短袖清凉利落", "无袖": "无袖清爽干净", "七分袖": "七分袖露出纤细手腕", "五分袖": "五分袖遮住手臂", "泡泡袖": "泡泡袖俏皮可爱", "九分袖": "九分袖利落清爽"},
+    "腰型": {"高腰": "高腰设计拉长双腿", "中腰": "中腰设计舒适自然", "松紧腰": "松紧腰穿脱方便", "自然腰": "自然腰线自在不束缚", "系带腰": "系带的腰型收放随心"},
+    "细节": {
+        "口袋": "大大的口袋，装下手机和钥匙", "木扣": "温润的木扣，质朴耐看", "抽绳": "抽绳可以随意松紧", "荷叶边": "灵动的荷叶边，走路带风", "拼接": "巧妙的拼接，别出心裁", "开衩": "侧边的开衩，行动自如", "拉链": "顺滑的拉链，穿脱方便",
+    },
 }  # fmt: skip
 ZH_GARMENTS = {
     "裙": (
         ["连衣裙", "长裙", "衬衫裙", "公主裙", "背带裙", "百褶裙"],
-        ["材质", "风格", "图案", "版型", "领型", "袖长", "腰型"],
+        ["材质", "风格", "图案", "版型", "领型", "袖长", "腰型", "细节"],
         "裙型",
     ),
     "上衣": (
         ["衬衫", "T恤", "卫衣", "毛衣", "外套", "夹克", "开衫"],
-        ["材质", "风格", "图案", "版型", "领型", "袖长"],
+        ["材质", "风格", "图案", "版型", "领型", "袖长", "细节"],
         "衣样式",
     ),
     "裤": (
         ["阔腿裤", "直筒裤", "喇叭裤", "短裤", "休闲裤", "小脚裤"],
-        ["材质", "风格", "图案", "版型", "腰型"],
+        ["材质", "风格", "图案", "版型", "腰型", "细节"],
         "裤型",
     ),
 }
 ZH_AD_ENDINGS = [
     "日常出门、约会都合适。", "穿上它，每天都有好心情。", "怎么搭都好看。", "值得放进你的衣橱。", "这个季节就穿它吧。", "简单一搭，就很出彩。", "舒服又好看，让人爱不释手。",
     "无论上班还是逛街都很合适。",
+    "送自己，也送闺蜜。", "随手一搭，就是一道风景。", "从早到晚都自在。", "越穿越喜欢。", "镜子里的你，自己都会多看一眼。", "一件单品，几种心情。",
 ]  # fmt: skip
 EN_PRODUCTS = {
     "backpack": ("for school, work and weekend trips", ["canvas", "nylon", "leather"]),
@@ -1318,10 +1605,23 @@ EN_PRODUCTS = {
     "water bottle": ("for the gym and the road", ["steel", "glass", "plastic"]),
     "notebook": ("for plans, lists and ideas", ["paper", "leather", "cork"]),
     "rug": ("for a cosy living room", ["wool", "cotton", "jute"]),
+    "umbrella": ("for rainy walks", ["nylon", "cotton", "silk"]),
+    "tent": ("for nights under the stars", ["nylon", "canvas", "cotton"]),
+    "pillow": ("for calm and deep sleep", ["cotton", "linen", "silk"]),
+    "clock": ("for the kitchen or the bedside", ["wood", "metal", "glass"]),
+    "teapot": ("for long talks with friends", ["ceramic", "glass", "iron"]),
+    "blanket": ("for film nights on the sofa", ["wool", "cotton", "fleece"]),
+    "wallet": ("for coins, cards and tickets", ["leather", "canvas", "cork"]),
+    "helmet": ("for safe rides through town", ["plastic", "carbon", "foam"]),
+    "toy train": ("for small hands and big dreams", ["wood", "metal", "plastic"]),
+    "apron": ("for cooks and painters", ["cotton", "linen", "denim"]),
 }  # fmt: skip
 EN_FEATURES = {
     "light": "so light that you forget you carry it", "waterproof": "waterproof, so rain is no problem", "foldable": "foldable and easy to store",
     "handmade": "handmade with care", "easy to clean": "easy to clean", "soft": "soft to the touch", "strong": "strong enough for daily use", "elegant": "elegant in every detail",
+    "recycled": "made to be kind to the planet", "long-lasting": "built to last for years", "compact": "compact and easy to put away",
+    "well-made": "well made down to the last detail", "affordable": "kind to your budget", "stylish": "stylish without trying too hard",
+    "original": "unlike any other you have seen", "popular": "loved by all who own one",
 }  # fmt: skip
 
 
@@ -1334,7 +1634,11 @@ def advert(rng: random.Random, split: str) -> Dialogue:
         garment = rng.choice(list(ZH_GARMENTS))
         shapes, keys, shape_key = ZH_GARMENTS[garment]
         chosen = rng.sample(keys, rng.randint(1, 3))
-        unfit = {"裤": ("短款", "收腰"), "裙": ("短款",)}.get(garment, ())
+        unfit = {
+            "裤": ("短款", "收腰", "a字", "网纱", "荷叶边", "开衩"),
+            "裙": ("短款", "微喇", "羽绒"),
+            "上衣": ("a字", "微喇"),
+        }[garment]
         return (
             garment,
             shape_key,
@@ -1353,6 +1657,7 @@ def advert(rng: random.Random, split: str) -> Dialogue:
         [
             listed, listed, f"根据下面的属性写一段广告文案：{listed}", f"请为这件商品写一段推荐语：{listed}", f"{listed} 写一段宣传语", f"写一段电商文案：{listed}",
             f"帮我写几句广告：{listed}", f"商品信息：{listed}。请写一段介绍",
+            f"{listed}\n请写一段卖点介绍", f"用这些属性写广告词：{listed}", f"帮网店写商品描述，属性：{listed}", f"文案：{listed}",
         ]
     )  # fmt: skip
     parts = [ZH_COPY[key][value] for key, value in features]
@@ -1390,7 +1695,7 @@ def _english_advert(rng: random.Random, split: str) -> Dialogue:
         [
             f"Meet our {colour} {product}, made of {material}. It is {EN_FEATURES[feature]}, and just right {purpose}.",
             f"This {colour} {material} {product} is {EN_FEATURES[feature]}. A good choice {purpose}.",
-            f"Looking for a {product}? Ours comes in {colour} and is made of {material}. It is {EN_FEATURES[feature]}, perfect {purpose}.",
+            f"Looking for {_article(product)}? Ours comes in {colour} and is made of {material}. It is {EN_FEATURES[feature]}, perfect {purpose}.",
         ]
     )
     return _single("attr/copy", "en", query, answer, product, colour, material, EN_FEATURES[feature])
@@ -1608,8 +1913,8 @@ SKILLS: dict[str, Callable[[random.Random, str], Dialogue]] = {
 }
 # How often generate() picks each: what people try first, and what is hard to learn, comes up more.
 WEIGHTS = {
-    "remember_name": 14, "remember_fact": 13, "remember_two": 5, "remember_nothing": 5, "extract_fields": 8, "extract_words": 5, "copy_text": 6,
-    "read_sentence": 6, "arithmetic": 16, "compare_numbers": 4, "short_list": 6, "sentiment": 7, "advert": 8, "honest_ignorance": 11,
+    "remember_name": 14, "remember_fact": 13, "remember_two": 5, "remember_nothing": 5, "extract_fields": 8, "extract_words": 5, "copy_text": 12,
+    "read_sentence": 6, "arithmetic": 18, "compare_numbers": 4, "short_list": 6, "sentiment": 7, "advert": 8, "honest_ignorance": 11,
     "translate_word": 6, "spell_word": 3, "day_and_month": 3,
 }  # fmt: skip
 

@@ -21,12 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer  # noqa: E402
 from chatglm.chat import build_prompt  # noqa: E402
+from chatglm.tokenization_chatglm import encode_whitespace  # noqa: E402
 from pretraining.corpus import CORPUS_FOLDER, load_dialogues, training_examples  # noqa: E402
 from utils import main_errors  # noqa: E402
 
@@ -37,6 +39,14 @@ FIXED_SETTINGS = (
     *("hidden_size", "num_layers", "num_attention_heads", "batch_tokens", "max_length"),
     *("muon_lr", "adam_lr", "warmup", "seed"),
 )
+COPY, FIND = KINDS = ("请重复", "请查找")
+SAMPLED_PROMPTS = 0.5  # share of prompts that are cut into sampled pieces
+SAMPLING_ALPHA = 0.15  # 0: all ways of cutting are as likely; 1: by their likelihood
+FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
+FIRST_TOKENS = 2048
+FIRST_PIECES = 300
+LOOKUP_SHARE = (1.0, 0.35, 0.2, 0.1)  # of the tokens of epochs 0, 1, 2 and all later ones
+LONGEST_COPY = 40  # pieces
 SMOOTHING = 0.98  # of the loss that is shown
 
 
@@ -56,9 +66,28 @@ class Batch:
     labels: torch.Tensor
 
 
-def encode_example(example, tokenizer: ChatGLMTokenizer, max_length: int) -> Row | None:
-    """The example as ids, or None if it is longer than max_length tokens."""
-    prompt = tokenizer(build_prompt(example.query, example.history))["input_ids"]
+def sample_pieces(text: str, tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[str]:
+    """One of the ways to cut the text into pieces, drawn by likelihood to the power of SAMPLING_ALPHA."""
+    sentencepiece.set_random_generator_seed(rng.getrandbits(31))
+    return tokenizer.sp_model.encode(
+        encode_whitespace(text), out_type=str, enable_sampling=True, alpha=SAMPLING_ALPHA, nbest_size=-1
+    )
+
+
+def encode_example(
+    example, tokenizer: ChatGLMTokenizer, max_length: int, rng: random.Random | None = None
+) -> Row | None:
+    """The example as ids, or None if it is longer than max_length tokens.
+
+    rng: cut half of the prompts into less likely pieces, as unseen wordings will be (subword regularisation,
+    arXiv 1804.10959), but none whose pieces the answer may repeat; None cuts as in use.
+    """
+    text = build_prompt(example.query, example.history)
+    if rng is not None and not example.history and not example.generated and rng.random() < SAMPLED_PROMPTS:
+        pieces = sample_pieces(text, tokenizer, rng)
+        prompt = tokenizer.build_inputs_with_special_tokens(tokenizer.convert_tokens_to_ids(pieces))
+    else:
+        prompt = tokenizer(text)["input_ids"]
     answer = tokenizer.encode(example.answer, add_special_tokens=False)
     ids = [*prompt, *answer, tokenizer.eos_token_id]
     return Row(ids, len(prompt)) if len(ids) <= max_length else None
@@ -76,10 +105,61 @@ def collate(rows: list[Row], pad_token_id: int) -> Batch:
     return Batch(input_ids, labels)
 
 
+def lookup_rows(tokenizer: ChatGLMTokenizer, rng: random.Random, width: int, count: int, kinds=KINDS, few=False):
+    """count rows of about width ids of random pieces: texts to repeat, and pairs `key: value`, one of which is asked.
+
+    Names, numbers and extraction need what these teach. Among other text a model of this size does not find it in
+    millions of tokens; alone, and with few different pieces, copying takes half a million (induction heads,
+    arXiv 2209.11895). Once found it must be kept up, or the rest of the corpus washes it out.
+    """
+    pieces = range(tokenizer.convert_tokens_to_ids("▁") + 1, tokenizer.convert_tokens_to_ids("[MASK]"))
+    pieces = pieces[:FIRST_PIECES] if few else pieces
+
+    def ids(text, **options):
+        return tokenizer.convert_tokens_to_ids(tokenizer.encode_pieces(text, **options))
+
+    colon, comma = (ids(mark, add_dummy_prefix=False)[0] for mark in "：，")
+    rows = []
+    for _ in range(count):
+        kind = rng.choice(kinds) if width > 32 else COPY
+        before, after = build_prompt(f"{kind}：|", []).split("|")
+        before, after = ids(before), ids(after, add_dummy_prefix=False)
+        room = width - len(before) - len(after) - 3
+        if kind == COPY:
+            text = answer = rng.choices(pieces, k=rng.randint(3, max(3, min(LONGEST_COPY, room // 2))))
+        else:
+            keys = rng.sample(pieces, max(2, min(10, room // 7)))
+            values = [rng.choices(pieces, k=rng.randint(1, 4)) for _ in keys]
+            text = [piece for key, value in zip(keys, values, strict=True) for piece in (key, colon, *value, comma)]
+            asked = rng.randrange(len(keys))
+            text, answer = [*text, keys[asked]], values[asked]
+        prompt = tokenizer.build_inputs_with_special_tokens([*before, *text, *after])
+        rows.append(Row([*prompt, *answer, tokenizer.eos_token_id], len(prompt)))
+    return rows
+
+
+def first_batches(tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[Batch]:
+    """The batches of epoch 0: copies of few different pieces, then look-ups among all."""
+    batches = []
+    for options in ({"kinds": [COPY], "few": True}, {}):
+        for _ in range(FIRST_BATCHES):
+            width = rng.randint(24, 2 * LONGEST_COPY + 16)
+            rows = lookup_rows(tokenizer, rng, width, FIRST_TOKENS // width, **options)
+            batches.append(collate(rows, tokenizer.pad_token_id))
+    return batches
+
+
 def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int, max_length: int) -> list[Batch]:
-    """The batches of one epoch: rows of similar length together, at most batch_tokens with padding, in random order."""
+    """The batches of one epoch: rows of similar length together, at most batch_tokens with padding, in random order.
+
+    Epoch 0 teaches to look things up and nothing else; each later batch keeps a share of that.
+    """
     rng = random.Random(f"{seed}/{epoch}")
-    rows = [encode_example(example, tokenizer, max_length) for example in training_examples(dialogues, rng)]
+    if epoch == 0:
+        return first_batches(tokenizer, rng)
+    lookup_tokens = round(batch_tokens * LOOKUP_SHARE[min(epoch, len(LOOKUP_SHARE) - 1)])
+    batch_tokens -= lookup_tokens
+    rows = [encode_example(example, tokenizer, max_length, rng) for example in training_examples(dialogues, rng)]
     rows = sorted((row for row in rows if row is not None), key=lambda row: len(row.ids) + rng.random() * 4)
     batches, current = [], []
     for row in rows:
@@ -88,6 +168,9 @@ def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int
             current = []
         current.append(row)
     batches.append(current)
+    for batch in batches:
+        width = len(batch[-1].ids)
+        batch += lookup_rows(tokenizer, rng, width, lookup_tokens // width)
     rng.shuffle(batches)
     return [collate(batch, tokenizer.pad_token_id) for batch in batches]
 
@@ -126,9 +209,16 @@ def model_config(args: argparse.Namespace, tokenizer: ChatGLMTokenizer) -> ChatG
 
 
 def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGeneration:
-    """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly."""
+    """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly.
+
+    The head starts as a rotation of the embedding: what copies one token of the prompt then copies every other, even
+    those that training hardly shows. An equal head would start by repeating the last token: the residual favours it.
+    """
     torch.manual_seed(seed)
     model = ChatGLMForConditionalGeneration(config)
+    model.set_attn_implementation("eager")  # faster than sdpa for rows this short
+    rotation = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
+    model.lm_head.weight.data = model.transformer.word_embeddings.weight.data @ rotation
     for layer in model.transformer.layers:
         for name, weight in layer.named_parameters():
             if weight.dim() == 2:
@@ -215,14 +305,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, default=ROOT / "chatglm" / "tiny", help="the finished model (default: %(default)s)")
     add("--steps", type=int, default=2600, help="batches to train on (default: 2600)")
-    add("--batch_tokens", type=int, default=4096, help="most tokens of a batch, padding included (default: 4096)")
+    add("--batch_tokens", type=int, default=6144, help="most tokens of a batch, padding included (default: 6144)")
     add("--max_length", type=int, default=512, help="longer examples are left out, tokens (default: 512)")
     add("--hidden_size", type=int, default=384, help="width of the network (default: 384)")
     add("--num_layers", type=int, default=6, help="layers of the network (default: 6)")
     add("--num_attention_heads", type=int, default=6, help="heads of each layer (default: 6)")
     add("--muon_lr", type=float, default=3e-3, help="learning rate of the matrices (default: 3e-3)")
     add("--adam_lr", type=float, default=3e-3, help="learning rate of everything else (default: 3e-3)")
-    add("--warmup", type=int, default=100, help="steps of rising learning rate (default: 100)")
+    add("--warmup", type=int, default=50, help="steps of rising learning rate (default: 50)")
     add("--decay", type=float, default=0.45, help="last part of the run with falling learning rate (default: 0.45)")
     add("--save_every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--seed", type=int, default=0, help="decides everything random (default: 0)")

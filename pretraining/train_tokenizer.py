@@ -19,21 +19,26 @@ from sentencepiece import sentencepiece_model_pb2  # noqa: E402
 
 from chatglm.chat import build_prompt  # noqa: E402
 from chatglm.tokenization_chatglm import LONGEST_BLANK, VOCAB_FILE_NAME, encode_whitespace  # noqa: E402
-from pretraining.corpus import CORPUS_FOLDER, load_dialogues, training_examples  # noqa: E402
+from pretraining.corpus import CORPUS_FOLDER, load_dialogues  # noqa: E402
+from pretraining.grammars import generate  # noqa: E402
 
 CONTROL = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 BLANKS = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, LONGEST_BLANK + 1))]
-EPOCHS_OF_TEXT = 3  # phrasings and generated dialogues differ from epoch to epoch
+GENERATED_DIALOGUES = 2000
+CHINESE_WEIGHT = 3  # how often a Chinese text counts: its pieces are to hold 1.4 characters on average
 
 
 def training_text(folder: Path, seed: int) -> Iterator[str]:
-    """Every query and answer of a few epochs, as the tokenizer will see them."""
+    """Every phrasing as a prompt and every answer, once; Chinese ones CHINESE_WEIGHT times."""
     rng = random.Random(seed)
-    dialogues = load_dialogues(folder)
-    for _ in range(EPOCHS_OF_TEXT):
-        for example in training_examples(dialogues, rng):
-            yield encode_whitespace(build_prompt(example.query, example.history))
-            yield encode_whitespace(example.answer)
+    generated = [generate(rng) for _ in range(GENERATED_DIALOGUES)]
+    texts = {}
+    for dialogue in [*load_dialogues(folder), *generated]:
+        for turn in dialogue.turns:
+            for text in [*(build_prompt(query, []) for query in turn.user), *turn.assistant]:
+                texts[encode_whitespace(text)] = CHINESE_WEIGHT if dialogue.lang == "zh" else 1
+    for text, weight in texts.items():
+        yield from [text] * weight
 
 
 def train_pieces(lines: Iterable[str], vocab_size: int) -> bytes:
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=CORPUS_FOLDER, help="folder of dialogues (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "chatglm" / "tiny", help="folder of the vocabulary")
-    parser.add_argument("--vocab_size", type=int, default=8000, help="pieces, special ones included (default: 8000)")
+    parser.add_argument("--vocab_size", type=int, default=11000, help="pieces, special ones included (default: 11000)")
     parser.add_argument("--seed", type=int, default=0, help="order and choice of the text (default: 0)")
     args = parser.parse_args(argv)
 

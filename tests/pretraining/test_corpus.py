@@ -17,6 +17,7 @@ from pretraining.corpus import (
     reserved_queries,
     training_examples,
     vary_ending,
+    vary_wording,
 )
 
 GOOD = {"topic": "sleep/nap", "lang": "en", "turns": [{"user": ["May I nap?"], "assistant": ["Yes."], "heldout": []}]}
@@ -167,6 +168,16 @@ def test_ending_changes_but_not_where_the_query_carries_text():
 # What training must not see -------------------------------------------------------------------------------------------
 
 
+def test_wording_varies_by_greetings_thanks_and_slips_only():
+    rng = random.Random(0)
+    query = "晚上睡不着怎么办？"
+    variants = {vary_wording(query, "zh", rng) for _ in range(500)}
+    assert query in variants and len(variants) > 20
+    assert all(len(set(query) - set(variant)) <= 2 and abs(len(variant) - len(query)) <= 6 for variant in variants)
+    assert {vary_wording("翻译：我很好。", "zh", rng) for _ in range(100)} == {"翻译：我很好。"}
+    assert {vary_wording("Yes", "en", rng) for _ in range(200)} >= {"Yes", "Hi, yes", "Yes Thanks!"}
+
+
 def test_heldout_openings_and_evaluation_questions_are_never_trained_on(dialogues, epoch):
     reserved = reserved_queries(dialogues, load_evaluation())
     for example in epoch:
@@ -206,7 +217,9 @@ def test_reserved_phrasing_of_another_dialogue_is_left_out():
         small("sleep/other", user=["x y"], heldout=["may i nap"]),
     ]
     examples = list(training_examples(dialogues, random.Random(0), grammar_share=0, evaluation=[]))
-    assert {normalise(example.query) for example in examples} == {"isanapfine", "xy"}
+    queries = {normalise(example.query) for example in examples}
+    assert not any("mayinap" in query for query in queries)
+    assert [any(text in query for query in queries) for text in ("isanapfine", "xy")] == [True, True]
 
 
 def test_heldout_examples_carry_references_and_their_own_history():

@@ -11,6 +11,7 @@ from pretraining.evaluate import (
     Likelihood,
     Question,
     answer_table,
+    ask,
     bigram_f1,
     build_parser,
     contains,
@@ -21,6 +22,7 @@ from pretraining.evaluate import (
     likelihoods,
     main,
     meets,
+    sampled_questions,
     trained_questions,
     transcript,
 )
@@ -162,3 +164,22 @@ def test_missing_corpus_ends_with_one_line(tmp_path, capsys):
         main(["--corpus", str(tmp_path)])
     assert stopped.value.code == 2
     assert "no dialogues in" in capsys.readouterr().err
+
+
+def test_questions_inside_the_domain_have_a_row_of_their_own():
+    answered = [
+        judge(Question("questions", kind, "en", [], "?", {"any": ["yes"]}), answer)
+        for kind, answer in [("new", "yes"), ("skill", "no"), ("unknown", "yes"), ("unknown", "yes")]
+    ]
+    lines = answer_table("questions", answered)
+    assert [line.split()[0] for line in lines] == ["questions", "new", "skill", "unknown", "in-domain", "all"]
+    assert lines[-2].split() == ["in-domain", "-", "1/2", "50", "%", "1/2", "50", "%", "0"]
+
+
+def test_sampled_answers_differ_and_greedy_ones_do_not(model, tokenizer):
+    greedy = Question("questions", "new", "zh", [], "给我讲个故事", {"none": ["~"]})
+    sampled = sampled_questions([greedy], 5, random.Random(0))
+    assert [(question.group, question.query) for question in sampled] == [("sampled answers", greedy.query)]
+    torch.manual_seed(0)
+    assert len({item.answer for item in ask(model, tokenizer, sampled * 6)}) > 1
+    assert len({item.answer for item in ask(model, tokenizer, [greedy] * 2)}) == 1

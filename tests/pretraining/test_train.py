@@ -1,6 +1,7 @@
 """Training of the embedded model: batches, objective, schedule, and a run that is interrupted and continued."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,79 @@ def test_row_is_the_prompt_of_chat_then_the_answer(tokenizer):
     assert row.ids == [*prompt, *answer, tokenizer.eos_token_id]
     assert row.answer_start == len(prompt)
     assert train.encode_example(example, tokenizer, max_length=len(row.ids) - 1) is None
+
+
+def test_prompts_of_training_are_cut_in_many_ways_and_answers_in_one(tokenizer):
+    example = Example([], "晚上睡不着应该怎么办？", "睡前不要看手机。", "t/1", "zh")
+    rows = [train.encode_example(example, tokenizer, 100, random.Random(seed)) for seed in range(40)]
+    assert len({tuple(row.ids[: row.answer_start]) for row in rows}) > 3
+    assert len({tuple(row.ids[row.answer_start :]) for row in rows}) == 1
+    assert len({tokenizer.decode(row.ids[: row.answer_start]) for row in rows}) == 1
+    again = train.encode_example(example, tokenizer, 100, random.Random(3))
+    assert again == rows[3]
+
+
+def test_head_starts_as_a_rotation_of_the_embedding(tokenizer):
+    model = train.initial_model(train.model_config(train.build_parser().parse_args(SETTINGS), tokenizer), seed=0)
+    embedding, head = model.transformer.word_embeddings.weight[:64], model.lm_head.weight[:64]
+    torch.testing.assert_close(head @ head.T, embedding @ embedding.T)
+    assert not torch.allclose(head, embedding, atol=1e-3)
+
+
+def rows_of(batches, tokenizer):
+    """(prompt, answer) of every row, as texts."""
+    for batch in batches:
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+            answer = labels != train.IGNORED
+            prompt = ids[: answer.int().argmax()]
+            yield tokenizer.decode(prompt, skip_special_tokens=True), tokenizer.decode(ids[answer][:-1])
+
+
+def test_answers_to_look_ups_stand_in_the_prompt(tokenizer):
+    rows = train.lookup_rows(tokenizer, random.Random(0), width=80, count=300)
+    assert max(len(row.ids) for row in rows) <= 80
+    copies = finds = 0
+    for row in rows:
+        prompt, answer = row.ids[: row.answer_start], row.ids[row.answer_start : -1]
+        places = [i for i in range(len(prompt)) if prompt[i : i + len(answer)] == answer]
+        assert places and row.ids[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        copies += "请重复" in text
+        if "请查找" in text:
+            finds += 1
+            asked = prompt[-3]  # then [gMASK], <sop>
+            assert any(prompt[place - 2] == asked for place in places)  # key, colon, value
+    assert copies > 100 and finds > 100 and copies + finds == 300
+
+
+def test_first_epoch_teaches_to_look_things_up(tokenizer):
+    batches = train.epoch_batches([], tokenizer, seed=0, epoch=0, batch_tokens=64, max_length=64)
+    halves = batches[: train.FIRST_BATCHES], batches[train.FIRST_BATCHES :]
+    pieces = [{i for batch in half for i in batch.labels.unique().tolist()} for half in halves]
+    assert len(halves[0]) == len(halves[1]) == train.FIRST_BATCHES
+    assert len(pieces[0]) == train.FIRST_PIECES + 2  # those, the end and the ignored
+    assert len(pieces[1]) > 7000
+    assert all("请重复" in prompt for prompt, _ in rows_of(halves[0][:20], tokenizer))
+
+
+@pytest.mark.parametrize("epoch, share", [(1, 0.35), (9, 0.1)])
+def test_later_epochs_show_the_corpus_and_keep_a_share_of_look_ups(corpus, tokenizer, epoch, share):
+    dialogues = train.load_dialogues(corpus)
+    batches = train.epoch_batches(dialogues, tokenizer, 0, epoch, 1024, 256)
+    rows = list(rows_of(batches, tokenizer))
+    assert {dialogue.turns[0].assistant[0] for dialogue in dialogues} <= {answer for _, answer in rows}
+    lookups = sum(len(prompt + answer) for prompt, answer in rows if "请查找" in prompt or "请重复" in prompt)
+    assert lookups / sum(len(prompt + answer) for prompt, answer in rows) == pytest.approx(share, abs=0.6 * share)
+    assert all(batch.input_ids.numel() <= 1024 for batch in batches)
+
+
+def test_texts_that_are_copied_keep_their_pieces(tokenizer):
+    for example in (
+        Example([], "请重复：晚上睡不着应该怎么办", "晚上睡不着应该怎么办", "copy/text", "zh", generated=True),
+        Example([("我叫林小雨", "你好，林小雨！")], "我叫什么名字？", "你叫林小雨。", "memory/name", "zh"),
+    ):
+        rows = [train.encode_example(example, tokenizer, 100, random.Random(seed)) for seed in range(20)]
+        assert all(row == train.encode_example(example, tokenizer, 100) for row in rows)
 
 
 def test_batch_is_padded_on_the_right_and_learns_answers_only():
