@@ -27,12 +27,12 @@ from ptuning import web_demo as comparison  # noqa: E402
 
 CHINESE = ["你好，介绍一下你自己", "晚上睡不着应该怎么办"]
 ENGLISH = ["Who are you?", "I cannot sleep at night. What can I do?"]
+OF_THE_SHOP = ["客服几点上班？", "亮度可以调吗？"]
 PATIENCE = 120_000  # milliseconds; the machine may be busy
 WHOLE_HEIGHT = """() => {
     const log = document.querySelector('#chat [role="log"]');
     return Math.max(520, innerHeight + log.scrollHeight - log.clientHeight);
 }"""
-OF_THE_SHOP = ["客服几点上班？", "亮度可以调吗？"]
 MARKDOWN = [
     (
         "怎样求 $ax^2+bx+c=0$ 的根？请给出公式和 Python 代码。",
@@ -92,7 +92,13 @@ def save_small(png, path, questions):
 def take(
     browser, url, name, questions=(), history=None, dark=False, fit=False, ready="#chat button.example", **options
 ):
-    """Open the page, talk, and take the picture; with fit, a small one of the whole conversation."""
+    """Open the page, talk, and take the picture; with fit, a small one of the whole conversation.
+
+    name     where the picture goes: a path without .png, from this folder
+    history  rounds to restore from a file
+    ready    what is there once the page can be used
+    options  of the browser: locale, viewport, ...
+    """
     context = browser.new_context(color_scheme="dark" if dark else "light", **options)
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
@@ -128,22 +134,30 @@ def opened(demo, **options):
     demo.close(verbose=False)
 
 
-def take_chat():
-    """The pictures of web_demo.py."""
+@contextmanager
+def opened_chat():
+    """A browser, and the address of web_demo.py with the embedded model at temperature 0."""
     from chatglm.engine import Engine
 
     model, tokenizer = utils.load_model(device="cpu")
+    with (
+        Engine(model, tokenizer) as engine,
+        opened(web_demo.create_demo(engine, utils.model_title(model), temperature=0)) as page,
+    ):
+        yield page
+
+
+def take_chat():
+    """The pictures of web_demo.py."""
     desktop = {"width": 1100, "height": 720}
     phone = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
-    with Engine(model, tokenizer) as engine:
-        demo = web_demo.create_demo(engine, utils.model_title(model), temperature=0)
-        with opened(demo) as page:
-            take(*page, "web_demo", CHINESE, locale="zh-CN", viewport=desktop)
-            take(*page, "web_demo_start", locale="zh-CN", viewport=desktop)
-            take(*page, "web_demo_en", ENGLISH, locale="en-US", viewport=desktop)
-            take(*page, "web_demo_dark", CHINESE, dark=True, locale="zh-CN", viewport=desktop)
-            take(*page, "web_demo_markdown", history=MARKDOWN, locale="zh-CN", viewport={"width": 1100, "height": 900})
-            take(*page, "web_demo_phone", CHINESE, locale="zh-CN", **phone)
+    with opened_chat() as page:
+        take(*page, "web_demo", CHINESE, locale="zh-CN", viewport=desktop)
+        take(*page, "web_demo_start", locale="zh-CN", viewport=desktop)
+        take(*page, "web_demo_en", ENGLISH, locale="en-US", viewport=desktop)
+        take(*page, "web_demo_dark", CHINESE, dark=True, locale="zh-CN", viewport=desktop)
+        take(*page, "web_demo_markdown", history=MARKDOWN, locale="zh-CN", viewport={"width": 1100, "height": 900})
+        take(*page, "web_demo_phone", CHINESE, locale="zh-CN", **phone)
 
 
 def conversations():
@@ -154,16 +168,11 @@ def conversations():
 
 def take_examples(names):
     """The pictures of examples/ and limitations/: those of these names, or all."""
-    from chatglm.engine import Engine
-
-    model, tokenizer = utils.load_model(device="cpu")
     start = {"width": 900, "height": 520}
-    with Engine(model, tokenizer) as engine:
-        demo = web_demo.create_demo(engine, utils.model_title(model), temperature=0)
-        with opened(demo) as page:
-            for picture, entry in conversations().items():
-                if not names or entry["name"] in names:
-                    take(*page, picture, entry["questions"], fit=True, locale=entry["locale"], viewport=start)
+    with opened_chat() as page:
+        for picture, entry in conversations().items():
+            if not names or entry["name"] in names:
+                take(*page, picture, entry["questions"], fit=True, locale=entry["locale"], viewport=start)
 
 
 def take_comparison(adapter):

@@ -24,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @PICTURES
-def test_picture_of_a_conversation_is_small_and_of_today_s_questions(place):
+def test_picture_of_a_conversation_is_small_and_shows_the_questions_of_the_file(place):
     file = place.with_suffix(".png")
     with Image.open(file) as picture:
         assert (picture.format, picture.width) == ("PNG", 900)
@@ -37,7 +37,7 @@ def test_picture_of_a_conversation_is_small_and_of_today_s_questions(place):
 def test_picture_of_a_conversation_has_its_lines_in_the_readme(place):
     readme = (place.parent / "README.md").read_text(encoding="utf-8")
     (section,) = [part for part in re.split(r"^## ", readme, flags=re.MULTILINE) if f"]({place.name}.png)" in part]
-    heading, _, chinese, english = re.match(r"(.+)\n(\n)(.+)<br>\n(.+)\n", section).groups()
+    heading, chinese, english = re.match(r"(.+)\n\n(.+)<br>\n(.+)\n", section).groups()
     assert re.search(r"[\u4e00-\u9fff].* · [A-Z]", heading)
     assert re.search(r"[\u4e00-\u9fff]", chinese)
     assert len(re.findall(r"[A-Za-z]{2,}", english)) >= 5
@@ -53,18 +53,6 @@ def test_folder_holds_the_pictures_of_its_conversations_and_no_others(folder):
 def test_names_of_conversations_are_unique():
     names = [place.name for place in CONVERSATIONS]
     assert len(names) == len(set(names))
-
-
-@pytest.mark.parametrize("path", ["examples/README.md", "limitations/README.md"])
-def test_linked_files_and_headings_exist(path):
-    file = ROOT / path
-    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
-        name, _, anchor = target.partition("#")
-        linked = file.parent / name
-        assert linked.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
 # Recordings -----------------------------------------------------------------------------------------------------------
@@ -106,7 +94,7 @@ def test_recording_of_the_page_is_a_small_gif_that_repeats():
         for number in range(gif.n_frames):
             gif.seek(number)
             milliseconds += gif.info["duration"]
-    assert 6_000 < milliseconds < 20_000
+    assert 6_000 < milliseconds < 60_000
     assert file.stat().st_size < 400_000
 
 
@@ -130,8 +118,21 @@ def test_what_appears_and_vanishes_together_is_one_piece_of_text():
     }
 
 
+def test_film_keeps_a_picture_that_does_not_change_once():
+    film = make_recordings.Film()
+    film.show("a", 1)
+    film.show("a", 2)
+    film.show("b")
+    film.stay(4)
+    film.show("a", 8)
+    assert (film.pictures, film.seconds) == (["a", "b", "a"], [3, 4, 8])
+
+
 def test_svg_shows_each_piece_where_its_cells_are_as_long_as_they_were_seen():
-    svg = ElementTree.fromstring(make_recordings.to_svg([cells("a<"), cells("a你")], [1, 3]))
+    film = make_recordings.Film()
+    film.show(cells("a<"), 1)
+    film.show(cells("a你"), 3)
+    svg = ElementTree.fromstring(make_recordings.to_svg(film))
     (style,) = (element.text for element in svg.iter(f"{SVG}style"))
     assert "4.00s step-end infinite" in style
     assert "@keyframes k0{0.00%{opacity:1}25.00%,to{opacity:0}}" in style  # "<", in the first second only
@@ -176,7 +177,7 @@ def test_charts_follow_the_last_table_and_complain_without_one():
         ("default", "decode", "x peer"): 3,
     }
     with pytest.raises(ValueError, match=r"no table INT8 \| default \| chatglm.cpp"):
-        make_charts.figures(BENCHMARKS.replace("INT8    ", "INT9    "))
+        make_charts.benchmark(table, "INT8", "default", "chatglm.cpp")
 
 
 # Programs -------------------------------------------------------------------------------------------------------------
