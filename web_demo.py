@@ -119,8 +119,8 @@ LATEX = [
 def to_markdown(text):
     r"""The Markdown that shows all of a text on a page that reads LaTeX between the delimiters LATEX only.
 
-    - HTML is text. So are pictures (the page would fetch them from anywhere), `[1]: ...` (it would vanish) and the stars
-      of attribute lists, `type#dress*colour#white*...`.
+    - HTML is text. So are pictures (the page would fetch them from anywhere), `[1]: ...` (it would vanish) and the
+      stars of attribute lists, `type#dress*colour#white*...`.
     - Formulas in `$`, `$$`, `\(`, `\[` and environments get the delimiters of LATEX, which Gradio would otherwise find
       in code, too; other dollars are money.
     - Code is left alone. A diagram is code.
