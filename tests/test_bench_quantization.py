@@ -209,7 +209,7 @@ def test_quality_of_dequantised_weights_is_that_of_the_embedded_model(capsys):
     results = measure_quality(limit=1, settings=((8, "float32"),))
     assert [(result["bits"], result["embedding"]) for result in results] == [(32, 32), (8, 8), (4, 8)]
     assert results[0]["change"] == 0 and results[0]["perplexity"] > 1
-    assert abs(results[1]["change"]) < 1
+    assert abs(results[1]["change"]) < 5  # percent, of one example; wrong scales change it by hundreds
     assert results[2]["same_answers"] == results[2]["answers"] == 1  # compared with themselves
     lines = quality_table(results).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
