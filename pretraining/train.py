@@ -45,7 +45,7 @@ SAMPLING_ALPHA = 0.15  # 0: all ways of cutting are as likely; 1: by their likel
 FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
 FIRST_TOKENS = 2048
 FIRST_PIECES = 300
-LOOKUP_SHARE = (1.0, 0.35, 0.2, 0.1)  # of the tokens of epochs 0, 1, 2 and all later ones
+LOOKUP_SHARE = (0.35, 0.2, 0.1)  # of the tokens of epochs 1, 2 and all later ones
 LONGEST_COPY = 40  # pieces
 SMOOTHING = 0.98  # of the loss that is shown
 
@@ -122,9 +122,8 @@ def lookup_rows(tokenizer: ChatGLMTokenizer, rng: random.Random, width: int, cou
     rows = []
     for _ in range(count):
         kind = rng.choice(kinds) if width > 32 else COPY
-        before, after = build_prompt(f"{kind}：|", []).split("|")
-        before, after = ids(before), ids(after, add_dummy_prefix=False)
-        room = width - len(before) - len(after) - 3
+        request = ids(build_prompt(f"{kind}：", []))
+        room = width - len(request) - 3
         if kind == COPY:
             text = answer = rng.choices(pieces, k=rng.randint(3, max(3, min(LONGEST_COPY, room // 2))))
         else:
@@ -133,7 +132,7 @@ def lookup_rows(tokenizer: ChatGLMTokenizer, rng: random.Random, width: int, cou
             text = [piece for key, value in zip(keys, values, strict=True) for piece in (key, colon, *value, comma)]
             asked = rng.randrange(len(keys))
             text, answer = [*text, keys[asked]], values[asked]
-        prompt = tokenizer.build_inputs_with_special_tokens([*before, *text, *after])
+        prompt = tokenizer.build_inputs_with_special_tokens([*request, *text])
         rows.append(Row([*prompt, *answer, tokenizer.eos_token_id], len(prompt)))
     return rows
 
@@ -157,7 +156,7 @@ def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int
     rng = random.Random(f"{seed}/{epoch}")
     if epoch == 0:
         return first_batches(tokenizer, rng)
-    lookup_tokens = round(batch_tokens * LOOKUP_SHARE[min(epoch, len(LOOKUP_SHARE) - 1)])
+    lookup_tokens = round(batch_tokens * LOOKUP_SHARE[min(epoch, len(LOOKUP_SHARE)) - 1])
     batch_tokens -= lookup_tokens
     rows = [encode_example(example, tokenizer, max_length, rng) for example in training_examples(dialogues, rng)]
     rows = sorted((row for row in rows if row is not None), key=lambda row: len(row.ids) + rng.random() * 4)
