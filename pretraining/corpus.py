@@ -212,7 +212,7 @@ def vary_wording(query: str, lang: str, rng: random.Random) -> str:
 
     Queries that carry a text to work on come back unchanged.
     """
-    if any(char in query for char in _WORKING_MARKS) or len(query) < 2:
+    if _is_left_alone(query):
         return query
     query = vary_ending(query, lang, rng)
     dice = rng.random()
@@ -237,7 +237,7 @@ def vary_ending(query: str, lang: str, rng: random.Random) -> str:
 
     Queries that carry a text to work on come back unchanged, for there the punctuation belongs to the text.
     """
-    if any(char in query for char in _WORKING_MARKS) or len(query) < 2:
+    if _is_left_alone(query):
         return query
     dice = rng.random()
     if query[-1] in "？。?.！!":
@@ -251,6 +251,10 @@ def vary_ending(query: str, lang: str, rng: random.Random) -> str:
     if lang == "en" and query[1].islower() and rng.random() < 0.12:
         query = query[0].lower() + query[1:]
     return query
+
+
+def _is_left_alone(query: str) -> bool:
+    return any(char in query for char in _WORKING_MARKS) or len(query) < 2
 
 
 class _HistoryRounds:

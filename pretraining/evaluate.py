@@ -279,15 +279,14 @@ def answer_table(group: str, answered: list[Answered]) -> list[str]:
     """Lines with the share of sensible answers by kind and language, and the number of answers that run in circles."""
     lines = [f"{group:<20}{'zh':>16}{'en':>16}{'all':>16}{'loops':>8}"]
     kinds = list(dict.fromkeys(item.question.kind for item in answered))
-    totals = ["in-domain", "all"] if OUTSIDE in kinds else ["all"]
-    for kind in [*kinds, *totals]:
-        rows = [
-            item
-            for item in answered
-            if kind in ("all", item.question.kind) or (kind == "in-domain" and item.question.kind != OUTSIDE)
-        ]
+    groups = {kind: [kind] for kind in kinds}
+    if OUTSIDE in kinds:
+        groups["in-domain"] = [kind for kind in kinds if kind != OUTSIDE]
+    groups["all"] = kinds
+    for name, members in groups.items():
+        rows = [item for item in answered if item.question.kind in members]
         cells = [_share([item for item in rows if lang in ("all", item.question.lang)]) for lang in ("zh", "en", "all")]
-        lines.append(f"{kind:<20}" + "".join(f"{cell:>16}" for cell in cells) + f"{sum(i.looping for i in rows):>8}")
+        lines.append(f"{name:<20}" + "".join(f"{cell:>16}" for cell in cells) + f"{sum(i.looping for i in rows):>8}")
     return lines
 
 

@@ -932,27 +932,10 @@ def extract_words(rng: random.Random, split: str) -> Dialogue:
     return _single("extract/words", lang, query, answer, *words)
 
 
-def _hanzi() -> list[str]:
-    lists = (
-        ZH_CITIES,
-        ZH_JOBS,
-        ZH_COLOURS,
-        ZH_FRUITS,
-        ZH_FOODS,
-        ZH_HOBBIES,
-        ZH_PETS,
-        ZH_PET_NAMES,
-        ZH_THINGS,
-        ZH_PLACES,
-    )
-    texts = [*ZH_SURNAMES, *ZH_GIVEN, *(word for words in lists for word in words), *(zh for zh, _ in VOCABULARY)]
-    texts += [part for pair in ZH_FILLERS for part in pair]
-    return sorted({char for text in texts for char in text if "\u4e00" <= char <= "\u9fff"})
-
-
-HANZI = _hanzi()
 ZH_WORDS = [*ZH_CITIES, *ZH_JOBS, *ZH_COLOURS, *ZH_FRUITS, *ZH_FOODS, *ZH_HOBBIES, *ZH_PETS, *ZH_THINGS, *ZH_PLACES]
 ZH_WORDS += [zh for zh, _ in VOCABULARY]
+_TEXTS = [*ZH_WORDS, *ZH_PET_NAMES, *ZH_SURNAMES, *ZH_GIVEN, *(part for pair in ZH_FILLERS for part in pair)]
+HANZI = sorted({char for text in _TEXTS for char in text if "\u4e00" <= char <= "\u9fff"})
 EN_WORDS = [
     *(name for name in EN_NAMES if not is_heldout(name)),
     *EN_CITIES,
