@@ -42,6 +42,7 @@ FIXED_SETTINGS = (
 COPY, FIND = KINDS = ("请重复", "请查找")
 SAMPLED_PROMPTS = 0.5  # share of prompts that are cut into sampled pieces
 SAMPLING_ALPHA = 0.15  # 0: all ways of cutting are as likely; 1: by their likelihood
+DROPPED_PIECES = 0.08  # share of the pieces of such a prompt that are left out
 FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
 FIRST_TOKENS = 2048
 FIRST_PIECES = 300
@@ -67,11 +68,12 @@ class Batch:
 
 
 def sample_pieces(text: str, tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[str]:
-    """One of the ways to cut the text into pieces, drawn by likelihood to the power of SAMPLING_ALPHA."""
+    """One of the ways to cut the text into pieces, drawn by likelihood to the power of SAMPLING_ALPHA, with gaps."""
     sentencepiece.set_random_generator_seed(rng.getrandbits(31))
-    return tokenizer.sp_model.encode(
+    pieces = tokenizer.sp_model.encode(
         encode_whitespace(text), out_type=str, enable_sampling=True, alpha=SAMPLING_ALPHA, nbest_size=-1
     )
+    return [piece for piece in pieces if rng.random() >= DROPPED_PIECES] or pieces
 
 
 def encode_example(
@@ -80,7 +82,7 @@ def encode_example(
     """The example as ids, or None if it is longer than max_length tokens.
 
     rng: cut half of the prompts into less likely pieces, as unseen wordings will be (subword regularisation,
-    arXiv 1804.10959), but none whose pieces the answer may repeat; None cuts as in use.
+    arXiv 1804.10959), and leave some out, but none of a prompt whose pieces the answer may repeat; None cuts as in use.
     """
     text = build_prompt(example.query, example.history)
     if rng is not None and not example.history and not example.generated and rng.random() < SAMPLED_PROMPTS:
