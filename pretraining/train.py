@@ -34,6 +34,7 @@ from utils import main_errors  # noqa: E402
 
 IGNORED = -100
 GRADIENT_NORM = 1.0
+OUTPUT_GAIN = 4  # of the initial weights that write into the residual
 # A run cannot be continued with others; --steps and --decay may change on the way.
 FIXED_SETTINGS = (
     *("hidden_size", "num_layers", "num_attention_heads", "batch_tokens", "max_length"),
@@ -210,7 +211,8 @@ def model_config(args: argparse.Namespace, tokenizer: ChatGLMTokenizer) -> ChatG
 
 
 def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGeneration:
-    """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly.
+    """A model with Xavier weights, OUTPUT_GAIN times as large where a layer writes into the residual: that is strong
+    (alpha, made for 28 layers), and what starts small beside it learns slowly.
 
     The head starts as a rotation of the embedding: what copies one token of the prompt then copies every other, even
     those that training hardly shows. An equal head would start by repeating the last token: the residual favours it.
@@ -225,7 +227,8 @@ def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGene
             if weight.dim() == 2:
                 # The projection interleaves three matrices: each gets the range of its own shape.
                 fan_out = weight.shape[0] // 3 if "query_key_value" in name else weight.shape[0]
-                bound = (6 / (weight.shape[1] + fan_out)) ** 0.5
+                gain = OUTPUT_GAIN if name in ("attention.dense.weight", "mlp.dense_4h_to_h.weight") else 1
+                bound = gain * (6 / (weight.shape[1] + fan_out)) ** 0.5
                 nn.init.uniform_(weight, -bound, bound)
     return model
 

@@ -66,6 +66,18 @@ def test_head_starts_as_a_rotation_of_the_embedding(tokenizer):
     assert not torch.allclose(head, embedding, atol=1e-3)
 
 
+def test_what_writes_into_the_residual_starts_larger(tokenizer):
+    model = train.initial_model(train.model_config(train.build_parser().parse_args(SETTINGS), tokenizer), seed=0)
+    (layer,) = model.transformer.layers
+    for linear, gain in (
+        (layer.attention.dense, train.OUTPUT_GAIN),
+        (layer.mlp.dense_4h_to_h, train.OUTPUT_GAIN),
+        (layer.mlp.dense_h_to_4h, 1),
+    ):
+        xavier = (6 / sum(linear.weight.shape)) ** 0.5
+        assert 0.9 * gain * xavier < linear.weight.abs().max() <= gain * xavier
+
+
 def rows_of(batches, tokenizer):
     """(prompt, answer) of every row, as texts."""
     for batch in batches:
