@@ -11,6 +11,7 @@ interrupted continues from its newest checkpoint with the same batches; on the s
 import argparse
 import copy
 import json
+import math
 import random
 import sys
 import time
@@ -21,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
@@ -42,7 +42,8 @@ FIXED_SETTINGS = (
 )
 COPY, FIND = KINDS = ("请重复", "请查找")
 SAMPLED_PROMPTS = 0.5  # share of prompts that are cut into sampled pieces
-SAMPLING_ALPHA = 0.15  # 0: all ways of cutting are as likely; 1: by their likelihood
+SAMPLED_CUTS = 64  # the ways of cutting that are drawn from
+SAMPLING_ALPHA = 0.15  # 0: all of them are as likely; 1: by their likelihood
 DROPPED_PIECES = 0.08  # share of the pieces of such a prompt that are left out
 FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
 FIRST_TOKENS = 2048
@@ -69,11 +70,14 @@ class Batch:
 
 
 def sample_pieces(text: str, tokenizer: ChatGLMTokenizer, rng: random.Random) -> list[str]:
-    """One of the ways to cut the text into pieces, drawn by likelihood to the power of SAMPLING_ALPHA, with gaps."""
-    sentencepiece.set_random_generator_seed(rng.getrandbits(31))
-    pieces = tokenizer.sp_model.encode(
-        encode_whitespace(text), out_type=str, enable_sampling=True, alpha=SAMPLING_ALPHA, nbest_size=-1
-    )
+    """One of the likeliest ways to cut the text into pieces, drawn by likelihood to the power of SAMPLING_ALPHA, with
+    gaps. Not by sentencepiece's own sampling: that differs from process to process with the same seed.
+    """
+    sp_model = tokenizer.sp_model
+    cuts = sp_model.nbest_encode(encode_whitespace(text), out_type=int, nbest_size=SAMPLED_CUTS)
+    scores = [sum(map(sp_model.get_score, ids)) for ids in cuts]
+    (ids,) = rng.choices(cuts, [math.exp(SAMPLING_ALPHA * (score - scores[0])) for score in scores])
+    pieces = sp_model.id_to_piece(ids)
     return [piece for piece in pieces if rng.random() >= DROPPED_PIECES] or pieces
 
 
@@ -171,7 +175,7 @@ def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int
         current.append(row)
     batches.append(current)
     for batch in batches:
-        width = len(batch[-1].ids)
+        width = max(len(row.ids) for row in batch)
         batch += lookup_rows(tokenizer, rng, width, lookup_tokens // width)
     rng.shuffle(batches)
     return [collate(batch, tokenizer.pad_token_id) for batch in batches]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from chatglm.chat import build_prompt
 from pretraining import train
 from pretraining.corpus import Example
 
-TINY = str(Path(__file__).parents[2] / "chatglm" / "tiny")
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "chatglm" / "tiny")
 SETTINGS = (
     "--hidden_size 16 --num_layers 1 --num_attention_heads 2 --batch_tokens 256 --max_length 64 --warmup 2".split()
 )
@@ -57,6 +60,20 @@ def test_prompts_of_training_are_cut_in_many_ways_and_answers_in_one(tokenizer):
         assert all(character in left for character in text), text  # the others stay in order
     again = train.encode_example(example, tokenizer, 100, random.Random(3))
     assert again == rows[3]
+
+
+def test_cuts_are_the_same_in_another_process(tokenizer):
+    code = """if True:
+        import random
+        from chatglm import ChatGLMTokenizer
+        from pretraining.train import sample_pieces
+        tokenizer = ChatGLMTokenizer.from_pretrained("chatglm/tiny")
+        print([sample_pieces("晚上睡不着应该怎么办？", tokenizer, random.Random(seed)) for seed in range(10)])
+    """
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cuts = [train.sample_pieces("晚上睡不着应该怎么办？", tokenizer, random.Random(seed)) for seed in range(10)]
+    assert str(cuts) == other.strip()
+    assert len({tuple(cut) for cut in cuts}) > 3
 
 
 def test_head_starts_as_a_rotation_of_the_embedding(tokenizer):
