@@ -153,7 +153,7 @@ def training_examples(
     rng: random.Random,
     *,
     grammar_share: float = 0.4,
-    history_share: float = 0.2,
+    history_share: float = 0.15,
     evaluation: list[dict] | None = None,
 ) -> Iterator[Example]:
     """One epoch in random order: every dialogue with up to MOST_PHRASINGS phrasings, mixed with generated dialogues.

@@ -15,6 +15,8 @@ from pretraining.corpus import Dialogue, Turn
 
 HELDOUT_IN = 10  # one slot combination in ten is kept for evaluation
 SPLITS = ("train", "heldout")
+MADE_UP_SHARE = 0.4  # of the dialogues of these groups
+MADE_UP_GROUPS = {"memory", "extract", "reading", "list", "unknown"}
 
 # --- Words ------------------------------------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ ZH_CITIES = (
 ).split()
 EN_CITIES = (
     "London|Paris|Berlin|Madrid|Rome|Vienna|Prague|Dublin|Lisbon|Oslo|Stockholm|Helsinki|Warsaw|Athens|Amsterdam|Brussels|Zurich|"
-    "Geneva|Milan|Venice|Florence|Barcelona|Munich|Hamburg|Lyon|Nice|Oxford|Cambridge|Manchester|Liverpool|Leeds|Bristol|York|"
+    "Geneva|Milan|Venice|Florence|Barcelona|Munich|Hamburg|Lyon|Oxford|Cambridge|Manchester|Liverpool|Leeds|Bristol|York|"
     "Edinburgh|Glasgow|Cardiff|Belfast|New York|Boston|Chicago|Seattle|Denver|Dallas|Houston|Miami|Atlanta|San Francisco|San Diego|"
     "Portland|Phoenix|Toronto|Vancouver|Montreal|Ottawa|Sydney|Melbourne|Brisbane|Perth|Auckland|Wellington|Tokyo|Osaka|Kyoto|Seoul|"
     "Singapore|Bangkok|Hanoi|Manila|Jakarta|Delhi|Mumbai|Cairo|Nairobi|Lagos|Lima|Santiago|Bogota|Havana|Beijing|Shanghai|Hong Kong"
@@ -251,11 +253,13 @@ def _lang(rng: random.Random) -> str:
 def _zh_name(rng: random.Random) -> str:
     if rng.random() < 0.25:
         return rng.choice(ZH_NICKNAMES)
-    return rng.choice(ZH_SURNAMES) + "".join(rng.choice(ZH_GIVEN) for _ in range(rng.choice((1, 2, 2))))
+    given = HANZI if rng.random() < 0.3 else ZH_GIVEN
+    return rng.choice(ZH_SURNAMES) + "".join(rng.choice(given) for _ in range(rng.choice((1, 2, 2))))
 
 
 def _en_name(rng: random.Random) -> str:
-    return rng.choice(EN_NAMES)
+    name = rng.choice(EN_NAMES)
+    return _made_up(name, "en", rng).capitalize() if rng.random() < 0.3 else name
 
 
 def _name(rng: random.Random, split: str, lang: str) -> str:
@@ -402,6 +406,7 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     size, bus, locker = _draw(rng, split, lambda: (rng.randint(34, 46), rng.randint(1, 899), rng.randint(1, 200)))
     allergy, club = _draw(rng, split, lambda: (rng.choice(ZH_ALLERGENS), rng.choice(ZH_CLUBS)))
     hour, floor = _draw(rng, split, lambda: (rng.randint(5, 9), rng.randint(2, 30)))
+    event = rng.choice("看牙医 考试 开会 面试 搬家 体检 聚餐 理发 上舞蹈课 比赛".split())
     teacher = _name(rng, split, "zh")
     friend = _name(rng, split, "zh")
     relative = _relative(rng, "zh", friend)
@@ -412,10 +417,10 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
          ["我来自哪里？", "我是哪里人？"], [f"你来自{city}。", f"你是{city}人。"], city),
         (rng.choice([f"我的老家在{city}", f"我老家是{city}"]), f"{city}是个好地方。",
          ["我的老家在哪里？", "我老家是哪儿？", "你记得我老家在哪里吗？"], [f"你的老家在{city}。"], city),
-        (rng.choice([f"我是一名{job}", f"我的工作是{job}", f"我当{job}已经好几年了"]), f"{job}这份工作不容易，辛苦了。",
-         ["我是做什么工作的？", "我的职业是什么？", "你记得我的工作吗？"], [f"你是一名{job}。"], job),
+        (rng.choice([f"我是一名{job}", f"我的工作是{job}", f"我当{job}已经好几年了", f"我做{job}", f"我是{job}"]), f"{job}这份工作不容易，辛苦了。",
+         ["我是做什么工作的？", "我的职业是什么？", "你记得我的工作吗？", "我做哪一行？", "你知道我靠什么谋生吗？"], [f"你是一名{job}。"], job),
         (rng.choice([f"我最喜欢的颜色是{colour}", f"我最喜欢{colour}"]), f"{colour}很好看。",
-         ["我最喜欢什么颜色？", "我喜欢的颜色是什么？", "你记得我喜欢什么颜色吗？"], [f"你最喜欢{colour}。", f"你喜欢的颜色是{colour}。"], colour),
+         ["我最喜欢什么颜色？", "我喜欢的颜色是什么？", "你记得我喜欢什么颜色吗？", "我喜欢哪种颜色？"], [f"你最喜欢{colour}。", f"你喜欢的颜色是{colour}。"], colour),
         (rng.choice([f"我最爱吃的水果是{fruit}", f"水果里我最喜欢{fruit}"]), f"{fruit}确实好吃。",
          ["我最爱吃什么水果？", "我喜欢哪种水果？", "我最喜欢的水果是什么？"], [f"你最喜欢吃{fruit}。"], fruit),
         (rng.choice([f"我最爱吃{food}", f"我喜欢吃{food}", f"我最喜欢的食物是{food}"]), f"{food}很香，我记住了。",
@@ -423,11 +428,11 @@ def _zh_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
         (rng.choice([f"我的{pet}叫{pet_name}", f"我养了一只{pet}，名叫{pet_name}", f"我家的{pet}名字是{pet_name}"]), f"{pet_name}，真可爱的名字！",
          [f"我的{pet}叫什么？", f"我的{pet}叫什么名字？", "我的宠物叫什么？", f"你还记得我的{pet}的名字吗？"], [f"你的{pet}叫{pet_name}。"], pet_name),
         (rng.choice([f"我把{thing}放在{place}了", f"{thing}在{place}", f"帮我记一下，{thing}放在{place}"]), f"好的，{thing}在{place}。",
-         [f"我的{thing}在哪里？", f"{thing}放在哪儿了？", f"我把{thing}放哪里了？"], [f"你的{thing}在{place}。"], place),
+         [f"我的{thing}在哪里？", f"{thing}放在哪儿了？", f"我把{thing}放哪里了？", f"{thing}在什么地方？"], [f"你的{thing}在{place}。"], place),
         (rng.choice([f"我的爱好是{hobby}", f"我平时喜欢{hobby}", f"我有空就{hobby}"]), f"{hobby}是个好爱好。",
          ["我的爱好是什么？", "我平时喜欢做什么？", "你记得我的爱好吗？"], [f"你的爱好是{hobby}。", f"你喜欢{hobby}。"], hobby),
-        (rng.choice([f"我{day}要去看牙医", f"我{day}有考试", f"我{day}要开会"]), f"好的，记下了，是{day}。",
-         ["是星期几？", "那件事在星期几？", "我说的是星期几？"], [f"是{day}。"], day),
+        (rng.choice([f"我{day}要{event}", f"{day}我得去{event}", f"我{event}是{day}"]), f"好的，记下了，是{day}。",
+         ["是星期几？", "那件事在星期几？", "我说的是星期几？", f"我星期几{event}？", f"我哪天要{event}？"], [f"是{day}。"], day),
         (rng.choice([f"我的生日是{month}月{date}日", f"我{month}月{date}日过生日"]), f"记住了，{month}月{date}日。",
          ["我的生日是哪天？", "我什么时候过生日？", "我的生日是几月几日？"], [f"你的生日是{month}月{date}日。"], f"{month}月{date}日"),
         (rng.choice([f"我今年{age}岁", f"我{age}岁了"]), "知道了，谢谢你告诉我。",
@@ -484,6 +489,13 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
     hour, floor = _draw(rng, split, lambda: (rng.randint(5, 9), rng.randint(2, 30)))
     friend = _name(rng, split, "en")
     relative = _relative(rng, "en", friend)
+    event = rng.choice(
+        "exam|meeting|interview|haircut|dance class|party|concert|check-up|football match|flight".split("|")
+    )
+    if rng.random() < 0.4:
+        place = (
+            f"{rng.choice(('in', 'under', 'behind', 'next to'))} the {rng.choice(EN_COLOURS)} {rng.choice(EN_GOODS)}"
+        )
     where = place.replace("my ", "your ")
     plural = thing in ("keys", "glasses", "gloves", "headphones")
     are, they = ("are", "They are") if plural else ("is", "It is")
@@ -493,10 +505,10 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
         (rng.choice([f"I am from {city}.", f"I come from {city}.", f"I grew up in {city}."]), f"I hope to hear more about {city}.",
          ["Where am I from?", "Where do I come from?", "Do you know where I am from?"], [f"You are from {city}."], city),
         (rng.choice([f"I work as {_article(job)}.", f"I am {_article(job)}.", f"My job: I'm {_article(job)}."]), "That is an important job.",
-         ["What is my job?", "What do I do for a living?", "What's my job?"], [f"You are {_article(job)}.", f"You work as {_article(job)}."], job),
+         ["What is my job?", "What do I do for a living?", "What's my job?", "Do you remember my job?", "What kind of work do I do?"], [f"You are {_article(job)}.", f"You work as {_article(job)}."], job),
         (rng.choice([f"My favourite colour is {colour}.", f"I like {colour} best of all colours.", f"My favorite color is {colour}."]),
          f"{colour.capitalize()} is a lovely colour.",
-         ["What is my favourite colour?", "Which colour do I like best?", "What's my favorite color?"], [f"Your favourite colour is {colour}."], colour),
+         ["What is my favourite colour?", "Which colour do I like best?", "What's my favorite color?", "Which colour do I love?"], [f"Your favourite colour is {colour}."], colour),
         (rng.choice([f"My favourite fruit is {fruit}.", f"I love {fruit} more than any other fruit."]), f"Fresh {fruit} are delicious.",
          ["What is my favourite fruit?", "Which fruit do I like best?"], [f"You like {fruit} best."], fruit),
         (rng.choice([f"I love {food}.", f"My favourite food is {food}.", f"I could eat {food} every day."]), f"Enjoy your {food}!",
@@ -509,8 +521,9 @@ def _en_facts(rng: random.Random, split: str) -> list[tuple[str, str, list[str],
          [f"Where {are} my {thing}?", f"Where did I put my {thing}?", f"Where did I leave my {thing}?"], [f"Your {thing} {are} {where}.", f"{they} {where}."], where),
         (rng.choice([f"My hobby is {hobby}.", f"In my free time I enjoy {hobby}.", f"I like {hobby}."]), f"{hobby.capitalize()} is a good hobby.",
          ["What is my hobby?", "What do I like to do?", "What do I enjoy in my free time?"], [f"Your hobby is {hobby}.", f"You like {hobby}."], hobby),
-        (rng.choice([f"I have an exam on {day}.", f"My meeting is on {day}.", f"I will see the dentist on {day}."]), f"Noted: {day}.",
-         ["Which day is it on?", "On which day is it?", "What day did I say?"], [f"It is on {day}."], day),
+        (rng.choice([f"My {event} is on {day}.", f"I have {_article(event)} on {day}.", f"There is {_article(event)} on {day}."]), f"Noted: {day}.",
+         ["Which day is it on?", "What day did I say?", f"When is my {event}?", f"Which day is my {event} on?", f"What day is the {event}?"],
+         [f"It is on {day}.", f"Your {event} is on {day}."], day),
         (rng.choice([f"My birthday is on {month} {date}.", f"I was born on {month} {date}."]), f"I will keep it in mind: {month} {date}.",
          ["When is my birthday?", "On which day is my birthday?", "What date is my birthday?"], [f"Your birthday is on {month} {date}."], f"{month} {date}"),
         (rng.choice([f"I am {age} years old.", f"I'm {age} years old."]), "Thank you for telling me.",
@@ -1691,16 +1704,36 @@ EN_COMPANIES = "Apple Microsoft Tesla Amazon Google Nvidia Intel Toyota Sony Sam
 ZH_SPORTS = "足球 篮球 排球 乒乓球 羽毛球 网球 冰球 游泳 田径 围棋".split()
 EN_SPORTS = "football basketball volleyball tennis hockey baseball rugby cricket swimming chess".split()
 ZH_TIMES = "今天 明天 后天 现在 今晚 这周 周末 明天早上 下周".split()
+ZH_TITLES = "医生 老师 导演 律师 作家 画家 歌手 院士 校长 教练 主任".split()
+EN_TITLES = "Doctor Captain Director Judge Coach Painter Mr. Ms. Dr. Pastor Senator".split()
+ZH_OWN = (
+    "银行卡余额 话费 快递 工资 体检报告 考试成绩 邮箱密码 微信消息 步数 血压 网络账单 水费 通话记录 聊天记录 积分 存款 "
+    "排队号码 流量 信用卡账单 体重 取件码 视力 订单"
+).split()
+EN_OWN = (
+    "account balance|phone bill|package|salary|test results|email password|messages|step count|blood pressure|internet bill|water bill|"
+    "call history|order status|loyalty points|savings|queue number|data usage|credit card bill|weight|pickup code|inbox|calendar"
+).split("|")
 EN_TIMES = ["today", "tomorrow", "right now", "tonight", "this week", "at the weekend", "next week", "tomorrow morning"]
 
 
 def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
-    """Weather, prices, results and people that an offline model cannot know: it says so, and names what was asked."""
+    """Weather, prices, results, people, made-up books and the user's own data, which an offline model cannot know, and
+    numbers too large for it: it says so, and mostly names what was asked.
+    """
     lang = _lang(rng)
+    large, larger = _draw(rng, split, lambda: (rng.randint(1200, 99999), rng.randint(1200, 99999)))
+    (code,) = _draw(
+        rng, split, lambda: (rng.choice("GDKTZACM") + rng.choice(["", "A", "U"]) + str(rng.randint(10, 9999)),)
+    )
     if lang == "zh":
         city, when = _draw(rng, split, lambda: (rng.choice(ZH_CITIES), rng.choice(ZH_TIMES)))
         company, sport = _draw(rng, split, lambda: (rng.choice(ZH_COMPANIES), rng.choice(ZH_SPORTS)))
-        name, relative, year = _name(rng, split, "zh"), rng.choice(ZH_RELATIVES), rng.randint(2024, 2035)
+        name, relative, year = _name(rng, split, "zh"), rng.choice(ZH_RELATIVES), rng.randint(2024, 2045)
+        title, own = rng.choice(ZH_TITLES), rng.choice(ZH_OWN)
+        (work,) = _draw(
+            rng, split, lambda: (rng.choice(["", "", f"{rng.choice(ZH_WORDS)}的"]) + _made_up("", "zh", rng),)
+        )
         questions, answers = rng.choice(
             [
                 ([f"{city}{when}天气怎么样？", f"{when}{city}会下雨吗？", f"{city}{when}多少度？", f"{when}{city}冷不冷？", f"{city}的天气如何", f"告诉我{city}{when}的天气", f"{when}去{city}要带伞吗？"],
@@ -1723,6 +1756,18 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
                  [f"{company}的情况我没有学过，不敢乱说，请查官方网站。", f"我不知道{company}的最新情况，因为我没有联网。"]),
                 ([f"{year}年会发生什么？", f"{year}年的春节是哪一天？", f"{year}年房价会涨吗？", f"{year}年世界会怎样？"],
                  [f"{year}年的事我不知道，没法回答。", f"我预测不了{year}年的事情。"]),
+                ([f"{city}{when}刮不刮风？", f"{when}{city}会降温吗", f"{city}下雪没有", f"{when}适合去{city}爬山吗？", f"{city}{when}太阳大不大？", f"{when}在{city}要穿羽绒服吗？"],
+                 [f"我不能联网，查不到{city}的天气。请看手机上的天气软件。", f"{city}的天气我不知道，因为我没有联网。"]),
+                ([f"《{work}》的作者是谁？", f"《{work}》讲了什么故事？", f"你看过《{work}》吗？", f"《{work}》是哪年的作品？", f"谁演了《{work}》？", f"《{work}》好看吗"],
+                 [f"我没有学过《{work}》，不知道它的内容，不敢乱说。", f"抱歉，《{work}》我不了解，请查一下资料。"]),
+                ([f"{code}次列车几点到？", f"航班{code}起飞了吗？", f"快递单号{code}到哪儿了？", f"{code}还有票吗？", f"帮我看看{code}的状态"],
+                 [f"我不能联网，查不到{code}的信息，请看官方的网站或软件。", f"{code}的情况我不知道，请到官方软件里查一查。"]),
+                ([f"我的{own}是多少？", f"帮我查一下{own}", f"看看我的{own}", f"我的{own}怎么样了？", f"你知道我的{own}吗？"],
+                 [f"我看不到你的{own}，请在手机或相关的软件里查看。", f"你的{own}我不知道，我没有这些资料。"]),
+                ([f"{large}乘以{larger}等于多少？", f"{large}×{larger}=", f"帮我算{large}乘{larger}", f"{large}除以{larger}是多少", f"{larger}的平方根乘{large}是多少？"],
+                 [f"{large}这样大的数我算不准，请用计算器。", "这么大的数我算不准。请用手机上的计算器，又快又准。"]),
+                ([f"{name}{title}是哪里人？", f"{name}{title}水平怎么样？", f"介绍一下{title}{name}", f"{title}{name}有什么成就？", f"{name}{title}在哪里工作？"],
+                 [f"我不认识{name}，没有学过相关的内容。", f"抱歉，{name}{title}我不了解，不敢乱说。"]),
             ]
         )  # fmt: skip
     else:
@@ -1738,7 +1783,11 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
                 ),
             ),
         )
-        relative, year, person = rng.choice(EN_RELATIVES), rng.randint(2024, 2035), f"{name} {surname}"
+        relative, year, person = rng.choice(EN_RELATIVES), rng.randint(2024, 2045), f"{name} {surname}"
+        title, own = rng.choice(EN_TITLES), rng.choice(EN_OWN)
+        (work,) = _draw(
+            rng, split, lambda: (f"The {rng.choice(EN_WORDS).title()} of {_made_up('x', 'en', rng).capitalize()}",)
+        )
         questions, answers = rng.choice(
             [
                 ([f"What is the weather like in {city} {when}?", f"Will it rain in {city} {when}?", f"How warm is it in {city} {when}?", f"Is it cold in {city} {when}?", f"Weather in {city}?", f"Do I need an umbrella in {city} {when}?"],
@@ -1761,11 +1810,24 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
                  [f"I have not learned that about {company}. Please check its website.", f"I do not know the latest about {company}, because I am offline."]),
                 ([f"What will happen in {year}?", f"Who will be president in {year}?", f"What will the world be like in {year}?"],
                  [f"I cannot see into the future, so I do not know about {year}.", f"Nobody can tell what {year} will bring, and I cannot either."]),
+                ([f"Is it windy in {city} {when}?", f"Will it get colder in {city} {when}?", f"Did it snow in {city}?", f"Can I go hiking near {city} {when}?", f"Is the sun out in {city}?"],
+                 [f"I am offline, so I cannot see the weather in {city}. Please check a weather app.", f"I do not know the weather in {city}, because I have no internet."]),
+                ([f'Who wrote "{work}"?', f'What is "{work}" about?', f'Have you read "{work}"?', f'When was "{work}" made?', f'Who plays in "{work}"?', f'Is "{work}" any good?'],
+                 [f'I have not learned anything about "{work}", so I do not want to guess.', f'Sorry, I do not know "{work}". Please look it up.']),
+                ([f"When does train {code} arrive?", f"Has flight {code} left?", f"Where is parcel {code}?", f"Are there seats on {code}?", f"Check the status of {code} for me."],
+                 [f"I am offline, so I cannot look up {code}. Please check the official website.", f"I do not know where {code} is. The official app can tell you."]),
+                ([f"What is my {own}?", f"Check my {own}, please.", f"Show me my {own}.", f"Do you know my {own}?", f"Can you look up my {own}?"],
+                 [f"I cannot see your {own}. Please look in your phone or the right app.", f"I do not know your {own}, because I have no such data."]),
+                ([f"What is {large} times {larger}?", f"{large} x {larger} =", f"Calculate {large} times {larger}.", f"Divide {larger} by {large}.", f"What is the square root of {larger} plus {large}?"],
+                 [f"I cannot calculate with numbers as large as {large}. Please use a calculator.", "Numbers that large are beyond me. A calculator will give you the exact result."]),
+                ([f"Where is {title} {person} from?", f"What has {title} {person} achieved?", f"Tell me about {title} {person}.", f"Is {title} {person} any good?", f"Where does {title} {person} work?"],
+                 [f"I do not know {person}, so I cannot say.", f"Sorry, I have not learned anything about {title} {person}."]),
             ]
         )  # fmt: skip
-    slots = [city, company, sport, name if lang == "zh" else person, relative, str(year)]
+    slots = [work, city, company, sport, name if lang == "zh" else person, relative, str(year), code, own, str(large)]
     query, answer = _sentence_end(rng, rng.choice(questions)), rng.choice(answers)
-    return _single("unknown/slot", lang, query, answer, next(slot for slot in slots if slot in answer))
+    named = next((slot for slot in slots if slot in answer), None)
+    return _single("unknown/slot", lang, query, answer, *([named] if named else []))
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -1896,18 +1958,75 @@ SKILLS: dict[str, Callable[[random.Random, str], Dialogue]] = {
 }
 # How often generate() picks each: what people try first, and what is hard to learn, comes up more.
 WEIGHTS = {
-    "remember_name": 14, "remember_fact": 13, "remember_two": 5, "remember_nothing": 5, "extract_fields": 8, "extract_words": 5, "copy_text": 12,
-    "read_sentence": 6, "arithmetic": 18, "compare_numbers": 4, "short_list": 6, "sentiment": 7, "advert": 8, "honest_ignorance": 11,
-    "translate_word": 6, "spell_word": 3, "day_and_month": 3,
+    "remember_name": 9, "remember_fact": 12, "remember_two": 4, "remember_nothing": 4, "extract_fields": 9, "extract_words": 5, "copy_text": 6,
+    "read_sentence": 8, "arithmetic": 20, "compare_numbers": 6, "short_list": 9, "sentiment": 8, "advert": 8, "honest_ignorance": 16,
+    "translate_word": 6, "spell_word": 2, "day_and_month": 4,
 }  # fmt: skip
+
+
+SYLLABLE_STARTS = "b c d f g h j k l m n p r s t v w z br ch cl dr gr kr pl sh st th tr".split()
+SYLLABLE_ENDS = ["", "", *"dklmnrst", "ck", "ng"]
+# Words of these lists may be replaced by made-up ones. English places bring their preposition along: they stay.
+REPLACEABLE = {
+    "zh": [
+        *(ZH_CITIES + ZH_JOBS + ZH_COLOURS + ZH_FRUITS + ZH_FOODS + ZH_PET_NAMES + ZH_THINGS + ZH_PLACES + ZH_DRINKS),
+        *(ZH_ORGANISATIONS + ZH_COMPANIES + ZH_GOODS + ZH_INSTRUMENTS + ZH_LANGUAGES + ZH_ALLERGENS + ZH_CLUBS),
+    ],
+    "en": [
+        *(EN_CITIES + EN_JOBS + EN_COLOURS + EN_FRUITS + EN_FOODS + EN_PET_NAMES + EN_THINGS + EN_DRINKS),
+        *(EN_ORGANISATIONS + EN_COMPANIES + EN_GOODS + EN_INSTRUMENTS + EN_LANGUAGES + EN_ALLERGENS),
+    ],
+}
+
+
+def _any_of(words: list[str], edge: str) -> re.Pattern:
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(f"{edge}(?:{'|'.join(longest_first)}){edge}", re.IGNORECASE)
+
+
+_REPLACEABLE = {"zh": _any_of(REPLACEABLE["zh"], ""), "en": _any_of(REPLACEABLE["en"], r"\b")}
+
+
+def _made_up(word: str, lang: str, rng: random.Random) -> str:
+    """A word that stands in no list, in small letters; the English one starts with a vowel if the given word does."""
+    if lang == "zh":
+        hanzi = "".join(rng.choices(HANZI, k=rng.randint(1, 3)))
+        return rng.choice([hanzi + rng.choice(HANZI), hanzi + rng.choice(ZH_WORDS), rng.choice(ZH_WORDS) + hanzi])
+    start = rng.choice("aeiou") if word[0].lower() in "aeiou" else ""
+    syllables = [rng.choice(SYLLABLE_STARTS) + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+    return start + "".join(syllables) + rng.choice(SYLLABLE_ENDS)
+
+
+def with_made_up_words(dialogue: Dialogue, rng: random.Random) -> Dialogue:
+    """The dialogue with most REPLACEABLE words of the user made up, each the same way in every round.
+
+    Words of a list can be known by heart: half of one is enough to write the rest. These have to be read.
+    """
+    pattern = _REPLACEABLE[dialogue.lang]
+    told = {word.lower() for turn in dialogue.turns for text in turn.user for word in pattern.findall(text)}
+    made_up = {word: _made_up(word, dialogue.lang, rng) for word in sorted(told) if rng.random() < 0.7}
+
+    def replace(match):
+        word = made_up.get(match[0].lower(), match[0])
+        return word.capitalize() if match[0][0].isupper() else word
+
+    def changed(texts):
+        return [pattern.sub(replace, text) for text in texts]
+
+    turns = [Turn(changed(turn.user), changed(turn.assistant)) for turn in dialogue.turns]
+    return Dialogue(dialogue.topic, dialogue.lang, turns, changed(dialogue.keys))
 
 
 def generate(rng: random.Random, split: str = "train") -> Dialogue:
     """A dialogue of a skill chosen by weight; its slot values belong to the split, "train" or "heldout".
 
+    Where the answer repeats words that were read, MADE_UP_SHARE of the dialogues have made-up ones.
     Raises ValueError for another split.
     """
     if split not in SPLITS:
         raise ValueError(f'split must be "train" or "heldout", got {split!r}')
     name = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-    return SKILLS[name](rng, split)
+    dialogue = SKILLS[name](rng, split)
+    if dialogue.group in MADE_UP_GROUPS and rng.random() < MADE_UP_SHARE:
+        return with_made_up_words(dialogue, rng)
+    return dialogue
