@@ -34,7 +34,6 @@ from utils import main_errors  # noqa: E402
 
 IGNORED = -100
 GRADIENT_NORM = 1.0
-OUTPUT_GAIN = 4  # of the initial weights that write into the residual
 # A run cannot be continued with others; --steps and --decay may change on the way.
 FIXED_SETTINGS = (
     *("hidden_size", "num_layers", "num_attention_heads", "batch_tokens", "max_length"),
@@ -48,9 +47,7 @@ DROPPED_PIECES = 0.08  # share of the pieces of such a prompt that are left out
 FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
 FIRST_TOKENS = 2048
 FIRST_PIECES = 300
-CUT_FROM = (
-    3  # epoch; from here on CUT_SHARE of the corpus' answers end after CUT_LENGTH tokens: the rest is known by then
-)
+CUT_FROM = 3  # epoch; from here on CUT_SHARE of the corpus' answers end after CUT_LENGTH tokens: the rest is known
 CUT_SHARE = 0.7
 CUT_LENGTH = 12
 LOOKUP_SHARE = (0.35, 0.2, 0.1)  # of the tokens of epochs 1, 2 and all later ones
@@ -225,8 +222,7 @@ def model_config(args: argparse.Namespace, tokenizer: ChatGLMTokenizer) -> ChatG
 
 
 def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGeneration:
-    """A model with Xavier weights, OUTPUT_GAIN times as large where a layer writes into the residual: that is strong
-    (alpha, made for 28 layers), and what starts small beside it learns slowly.
+    """A model with Xavier weights: with the strong residual (alpha), layers that start small learn slowly.
 
     The head starts as a rotation of the embedding: what copies one token of the prompt then copies every other, even
     those that training hardly shows. An equal head would start by repeating the last token: the residual favours it.
@@ -241,8 +237,7 @@ def initial_model(config: ChatGLMConfig, seed: int) -> ChatGLMForConditionalGene
             if weight.dim() == 2:
                 # The projection interleaves three matrices: each gets the range of its own shape.
                 fan_out = weight.shape[0] // 3 if "query_key_value" in name else weight.shape[0]
-                gain = OUTPUT_GAIN if name in ("attention.dense.weight", "mlp.dense_4h_to_h.weight") else 1
-                bound = gain * (6 / (weight.shape[1] + fan_out)) ** 0.5
+                bound = (6 / (weight.shape[1] + fan_out)) ** 0.5
                 nn.init.uniform_(weight, -bound, bound)
     return model
 

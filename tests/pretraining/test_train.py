@@ -47,6 +47,23 @@ def test_row_is_the_prompt_of_chat_then_the_answer(tokenizer):
     assert train.encode_example(example, tokenizer, max_length=len(row.ids) - 1) is None
 
 
+def test_known_answers_of_the_corpus_are_shown_in_short(tmp_path, tokenizer):
+    dialogue = {"topic": "t/1", "lang": "zh", "turns": [{"user": ["问题"], "assistant": ["这是一个很长的回答，" * 8]}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(dialogue, ensure_ascii=False), "utf-8")
+    dialogues = train.load_dialogues(tmp_path)
+    whole = [*tokenizer.encode(dialogue["turns"][0]["assistant"][0], add_special_tokens=False), tokenizer.eos_token_id]
+    lengths = {train.CUT_FROM - 1: [], train.CUT_FROM: []}
+    for epoch in lengths:
+        for seed in range(30):
+            for batch in train.epoch_batches(dialogues, tokenizer, seed, epoch, 1024, 256):
+                answers = [labels[labels != train.IGNORED].tolist() for labels in batch.labels]
+                lengths[epoch] += [len(answer) for answer in answers if answer[:5] == whole[:5]]
+    assert set(lengths[train.CUT_FROM - 1]) == {len(whole)}
+    assert set(lengths[train.CUT_FROM]) == {train.CUT_LENGTH, len(whole)}
+    share = lengths[train.CUT_FROM].count(train.CUT_LENGTH) / len(lengths[train.CUT_FROM])
+    assert share == pytest.approx(train.CUT_SHARE, abs=0.2)
+
+
 def test_prompts_of_training_are_cut_in_many_ways_and_answers_in_one(tokenizer):
     example = Example([], "晚上睡不着应该怎么办？", "睡前不要看手机。", "t/1", "zh")
     rows = [train.encode_example(example, tokenizer, 100, random.Random(seed)) for seed in range(40)]
@@ -81,18 +98,6 @@ def test_head_starts_as_a_rotation_of_the_embedding(tokenizer):
     embedding, head = model.transformer.word_embeddings.weight[:64], model.lm_head.weight[:64]
     torch.testing.assert_close(head @ head.T, embedding @ embedding.T)
     assert not torch.allclose(head, embedding, atol=1e-3)
-
-
-def test_what_writes_into_the_residual_starts_larger(tokenizer):
-    model = train.initial_model(train.model_config(train.build_parser().parse_args(SETTINGS), tokenizer), seed=0)
-    (layer,) = model.transformer.layers
-    for linear, gain in (
-        (layer.attention.dense, train.OUTPUT_GAIN),
-        (layer.mlp.dense_4h_to_h, train.OUTPUT_GAIN),
-        (layer.mlp.dense_h_to_4h, 1),
-    ):
-        xavier = (6 / sum(linear.weight.shape)) ** 0.5
-        assert 0.9 * gain * xavier < linear.weight.abs().max() <= gain * xavier
 
 
 def rows_of(batches, tokenizer):
