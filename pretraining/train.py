@@ -47,9 +47,6 @@ DROPPED_PIECES = 0.08  # share of the pieces of such a prompt that are left out
 FIRST_BATCHES = 300  # of FIRST_TOKENS, twice: copies of FIRST_PIECES different pieces, then look-ups among all pieces
 FIRST_TOKENS = 2048
 FIRST_PIECES = 300
-CUT_FROM = 3  # epoch; from here on CUT_SHARE of the corpus' answers end after CUT_LENGTH tokens: the rest is known
-CUT_SHARE = 0.7
-CUT_LENGTH = 12
 LOOKUP_SHARE = (0.35, 0.2, 0.1)  # of the tokens of epochs 1, 2 and all later ones
 LONGEST_COPY = 40  # pieces
 SMOOTHING = 0.98  # of the loss that is shown
@@ -167,12 +164,7 @@ def epoch_batches(dialogues, tokenizer, seed: int, epoch: int, batch_tokens: int
         return first_batches(tokenizer, rng)
     lookup_tokens = round(batch_tokens * LOOKUP_SHARE[min(epoch, len(LOOKUP_SHARE)) - 1])
     batch_tokens -= lookup_tokens
-    rows = []
-    for example in training_examples(dialogues, rng):
-        row = encode_example(example, tokenizer, max_length, rng)
-        if row is not None and epoch >= CUT_FROM and not example.generated and rng.random() < CUT_SHARE:
-            row.ids = row.ids[: row.answer_start + CUT_LENGTH]
-        rows.append(row)
+    rows = [encode_example(example, tokenizer, max_length, rng) for example in training_examples(dialogues, rng)]
     rows = sorted((row for row in rows if row is not None), key=lambda row: len(row.ids) + rng.random() * 4)
     batches, current = [], []
     for row in rows:

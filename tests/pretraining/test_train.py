@@ -47,23 +47,6 @@ def test_row_is_the_prompt_of_chat_then_the_answer(tokenizer):
     assert train.encode_example(example, tokenizer, max_length=len(row.ids) - 1) is None
 
 
-def test_known_answers_of_the_corpus_are_shown_in_short(tmp_path, tokenizer):
-    dialogue = {"topic": "t/1", "lang": "zh", "turns": [{"user": ["问题"], "assistant": ["这是一个很长的回答，" * 8]}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps(dialogue, ensure_ascii=False), "utf-8")
-    dialogues = train.load_dialogues(tmp_path)
-    whole = [*tokenizer.encode(dialogue["turns"][0]["assistant"][0], add_special_tokens=False), tokenizer.eos_token_id]
-    lengths = {train.CUT_FROM - 1: [], train.CUT_FROM: []}
-    for epoch in lengths:
-        for seed in range(30):
-            for batch in train.epoch_batches(dialogues, tokenizer, seed, epoch, 1024, 256):
-                answers = [labels[labels != train.IGNORED].tolist() for labels in batch.labels]
-                lengths[epoch] += [len(answer) for answer in answers if answer[:5] == whole[:5]]
-    assert set(lengths[train.CUT_FROM - 1]) == {len(whole)}
-    assert set(lengths[train.CUT_FROM]) == {train.CUT_LENGTH, len(whole)}
-    share = lengths[train.CUT_FROM].count(train.CUT_LENGTH) / len(lengths[train.CUT_FROM])
-    assert share == pytest.approx(train.CUT_SHARE, abs=0.2)
-
-
 def test_prompts_of_training_are_cut_in_many_ways_and_answers_in_one(tokenizer):
     example = Example([], "晚上睡不着应该怎么办？", "睡前不要看手机。", "t/1", "zh")
     rows = [train.encode_example(example, tokenizer, 100, random.Random(seed)) for seed in range(40)]
