@@ -6,8 +6,10 @@ rounds in front of some, so that the model learns to answer the last question wh
 made elsewhere, by `chatglm.chat.build_prompt(query, history)`.
 """
 
+import functools
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from pathlib import Path
 
 CORPUS_FOLDER = Path(__file__).resolve().parent / "corpus"
 EVALUATION_FILE = "evaluation.jsonl"
+SYNONYMS_FILE = "synonyms.txt"
 KINDS = ("paraphrase", "memory", "unknown", "skill", "new")
 
 MOST_PHRASINGS = 4  # an epoch shows one dialogue at most this often, with different phrasings
@@ -207,13 +210,15 @@ def heldout_examples(dialogues: list[Dialogue]) -> list[Example]:
 
 
 def vary_wording(query: str, lang: str, rng: random.Random) -> str:
-    """The query as a hasty or a polite person might type it: vary_ending, sometimes with a greeting in front, thanks
-    behind, or a slip: a character left out or two swapped (a word left out in English).
+    """The query as another, a hasty or a polite person might type it: often with synonyms, vary_ending, sometimes with
+    a greeting in front, thanks behind, or a slip: a character left out or two swapped (a word left out in English).
 
     Queries that carry a text to work on come back unchanged.
     """
     if _is_left_alone(query):
         return query
+    if rng.random() < 0.6:
+        query = swap_synonyms(query, lang, rng)
     query = vary_ending(query, lang, rng)
     dice = rng.random()
     if dice < 0.12:
@@ -230,6 +235,46 @@ def vary_wording(query: str, lang: str, rng: random.Random) -> str:
             del units[index]
         query = ("" if lang == "zh" else " ").join(units)
     return query
+
+
+@functools.cache
+def load_synonyms(path: Path = CORPUS_FOLDER / SYNONYMS_FILE) -> dict[str, dict[str, list[str]]]:
+    """Language -> word in small letters -> what may stand in its place in a question.
+
+    One group a line, its words separated by "|". Single Hanzi replace others and are not replaced: they are parts of
+    too many words.
+    """
+    synonyms = {"zh": {}, "en": {}}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        group = line.split("|")
+        lang = "en" if group[0].isascii() else "zh"
+        for word in group:
+            if lang == "en" or len(word) > 1:
+                synonyms[lang].setdefault(word.lower(), []).extend(other for other in group if other != word)
+    return synonyms
+
+
+@functools.cache
+def _synonym_pattern(lang: str) -> re.Pattern:
+    words = sorted(map(re.escape, load_synonyms()[lang]), key=len, reverse=True)
+    edge = r"\b" if lang == "en" else ""
+    return re.compile(f"{edge}(?:{'|'.join(words)}){edge}", re.IGNORECASE)
+
+
+def swap_synonyms(query: str, lang: str, rng: random.Random) -> str:
+    """The query with about half of the words of synonyms.txt replaced by others of their group.
+
+    A model that has read nothing else learns here that 为啥 asks what 为什么 asks, whatever the topic.
+    """
+
+    def swap(match):
+        word = match[0]
+        if rng.random() < 0.5:
+            return word
+        other = rng.choice(load_synonyms()[lang][word.lower()])
+        return other[0].upper() + other[1:] if word[0].isupper() else other
+
+    return _synonym_pattern(lang).sub(swap, query)
 
 
 def vary_ending(query: str, lang: str, rng: random.Random) -> str:

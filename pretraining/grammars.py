@@ -1718,8 +1718,8 @@ EN_TIMES = ["today", "tomorrow", "right now", "tonight", "this week", "at the we
 
 
 def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
-    """Weather, prices, results, people, made-up books and the user's own data, which an offline model cannot know, and
-    numbers too large for it: it says so, and mostly names what was asked.
+    """Weather, prices, results, people, made-up books and things, and the user's own data, which an offline model cannot
+    know, and numbers too large for it: it says so, and often names what was asked.
     """
     lang = _lang(rng)
     large, larger = _draw(rng, split, lambda: (rng.randint(1200, 99999), rng.randint(1200, 99999)))
@@ -1730,7 +1730,8 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
         city, when = _draw(rng, split, lambda: (rng.choice(ZH_CITIES), rng.choice(ZH_TIMES)))
         company, sport = _draw(rng, split, lambda: (rng.choice(ZH_COMPANIES), rng.choice(ZH_SPORTS)))
         name, relative, year = _name(rng, split, "zh"), rng.choice(ZH_RELATIVES), rng.randint(2024, 2045)
-        title, own = rng.choice(ZH_TITLES), rng.choice(ZH_OWN)
+        title, own, other = rng.choice(ZH_TITLES), rng.choice(ZH_OWN), rng.choice(ZH_FRUITS + ZH_THINGS)
+        (thing,) = _draw(rng, split, lambda: (_made_up("", "zh", rng),))
         (work,) = _draw(
             rng, split, lambda: (rng.choice(["", "", f"{rng.choice(ZH_WORDS)}的"]) + _made_up("", "zh", rng),)
         )
@@ -1768,6 +1769,9 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
                  [f"{large}这样大的数我算不准，请用计算器。", "这么大的数我算不准。请用手机上的计算器，又快又准。"]),
                 ([f"{name}{title}是哪里人？", f"{name}{title}水平怎么样？", f"介绍一下{title}{name}", f"{title}{name}有什么成就？", f"{name}{title}在哪里工作？"],
                  [f"我不认识{name}，没有学过相关的内容。", f"抱歉，{name}{title}我不了解，不敢乱说。"]),
+                ([f"{thing}是什么？", f"{thing}有什么用？", f"怎么做{thing}？", f"谁发明了{thing}？", f"{thing}的特点有哪些", f"介绍一下{thing}", f"{thing}有多重？", f"{thing}和{other}有什么区别？",
+                  f"{thing}语的“你好”怎么说？", f"用{thing}写一个程序", f"{thing}的首都是哪里？", f"{thing}一共有多少种？", f"为什么{thing}会变色？", f"{thing}是哪一年的事？", f"解释一下{thing}定理", f"{thing}怎么治？"],
+                 [f"我没有学过{thing}，不知道怎么回答，请查一下可靠的资料。", f"{thing}我不了解，不敢乱说。", f"抱歉，我不知道{thing}是什么，我学过的东西很少。"]),
             ]
         )  # fmt: skip
     else:
@@ -1784,7 +1788,8 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
             ),
         )
         relative, year, person = rng.choice(EN_RELATIVES), rng.randint(2024, 2045), f"{name} {surname}"
-        title, own = rng.choice(EN_TITLES), rng.choice(EN_OWN)
+        title, own, other = rng.choice(EN_TITLES), rng.choice(EN_OWN), rng.choice(EN_GOODS)
+        (thing,) = _draw(rng, split, lambda: (_made_up("x", "en", rng),))
         (work,) = _draw(
             rng, split, lambda: (f"The {rng.choice(EN_WORDS).title()} of {_made_up('x', 'en', rng).capitalize()}",)
         )
@@ -1822,9 +1827,25 @@ def honest_ignorance(rng: random.Random, split: str) -> Dialogue:
                  [f"I cannot calculate with numbers as large as {large}. Please use a calculator.", "Numbers that large are beyond me. A calculator will give you the exact result."]),
                 ([f"Where is {title} {person} from?", f"What has {title} {person} achieved?", f"Tell me about {title} {person}.", f"Is {title} {person} any good?", f"Where does {title} {person} work?"],
                  [f"I do not know {person}, so I cannot say.", f"Sorry, I have not learned anything about {title} {person}."]),
+                ([f"What is a {thing}?", f"What is {thing} used for?", f"How do I make a {thing}?", f"Who invented the {thing}?", f"Tell me about {thing}.", f"How heavy is a {thing}?", f"What is the difference between {thing} and {other}?",
+                  f"How do you say hello in {thing.capitalize()}?", f"Write a program in {thing.capitalize()}.", f"What is the capital of {thing.capitalize()}?", f"How many kinds of {thing} are there?", f"Why does {thing} change its colour?",
+                  f"In which year was the battle of {thing.capitalize()}?", f"Explain the {thing.capitalize()} theorem.", f"How is {thing} treated?", f"At what temperature does {thing} boil?"],
+                 ["I have not learned anything about that, so I do not want to guess. Please look it up.", "Sorry, I do not know that. I have learned only a little.", "That is beyond me: I do not know it. A good book or website will."]),
             ]
         )  # fmt: skip
-    slots = [work, city, company, sport, name if lang == "zh" else person, relative, str(year), code, own, str(large)]
+    slots = [
+        thing,
+        work,
+        city,
+        company,
+        sport,
+        name if lang == "zh" else person,
+        relative,
+        str(year),
+        code,
+        own,
+        str(large),
+    ]
     query, answer = _sentence_end(rng, rng.choice(questions)), rng.choice(answers)
     named = next((slot for slot in slots if slot in answer), None)
     return _single("unknown/slot", lang, query, answer, *([named] if named else []))

@@ -8,6 +8,7 @@ import pytest
 
 from pretraining.corpus import (
     CORE_SHOWINGS,
+    CORPUS_FOLDER,
     Dialogue,
     Turn,
     heldout_examples,
@@ -15,6 +16,7 @@ from pretraining.corpus import (
     load_evaluation,
     normalise,
     reserved_queries,
+    swap_synonyms,
     training_examples,
     vary_ending,
     vary_wording,
@@ -170,12 +172,31 @@ def test_ending_changes_but_not_where_the_query_carries_text():
 
 def test_wording_varies_by_greetings_thanks_and_slips_only():
     rng = random.Random(0)
-    query = "晚上睡不着怎么办？"
+    query = "晚饭吃多了睡得香吗？"  # no word of it stands in synonyms.txt
     variants = {vary_wording(query, "zh", rng) for _ in range(500)}
     assert query in variants and len(variants) > 20
     assert all(len(set(query) - set(variant)) <= 2 and abs(len(variant) - len(query)) <= 6 for variant in variants)
     assert {vary_wording("翻译：我很好。", "zh", rng) for _ in range(100)} == {"翻译：我很好。"}
     assert {vary_wording("Yes", "en", rng) for _ in range(200)} >= {"Yes", "Hi, yes", "Yes Thanks!"}
+
+
+def test_synonyms_take_each_others_place():
+    rng = random.Random(0)
+    assert {swap_synonyms("DNA是什么？", "zh", rng) for _ in range(99)} > {"DNA是什么？", "DNA是啥？", "DNA指什么？"}
+    assert {swap_synonyms("Tell me a joke", "en", rng) for _ in range(99)} == {
+        f"Tell me a {word}" for word in ("joke", "gag", "funny story")
+    }
+    starts = {swap_synonyms("What is an atom?", "en", rng) for _ in range(99)}
+    assert starts == {f"{start} an atom?" for start in ("What is", "What's", "What exactly is")}
+    assert {swap_synonyms("没有人", "zh", rng) for _ in range(99)} == {"没有人"}  # 有 alone is not replaced
+
+
+def test_every_line_of_synonyms_is_a_group():
+    groups = [line.split("|") for line in (CORPUS_FOLDER / "synonyms.txt").read_text("utf-8").splitlines()]
+    assert len(groups) > 200
+    for group in groups:
+        assert len(group) >= 2 and len(set(group)) == len(group), group
+        assert all(word.strip() == word and word for word in group), group
 
 
 def test_heldout_openings_and_evaluation_questions_are_never_trained_on(dialogues, epoch):

@@ -214,11 +214,15 @@ def test_made_up_words_are_told_and_asked_alike_and_stand_in_no_list():
         assert changed > 50, name
 
 
-def test_honest_answer_names_what_was_asked():
+def test_honest_answer_names_what_was_asked_or_refuses():
+    named = 0
     for dialogue in dialogues_of("honest_ignorance"):
         query, answer = last_round(dialogue)
-        too_large = "算不准" in answer or "beyond me" in answer
-        assert too_large or dialogue.keys[0] in query
+        named += dialogue.keys[0] in query
+        assert dialogue.keys[0] in query or any(
+            word in answer for word in ("算不准", "beyond me", "do not know", "learned")
+        )
+    assert named > 0.7 * len(dialogues_of("honest_ignorance"))
 
 
 def test_days_and_months_move_on():
