@@ -11,7 +11,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -237,15 +237,22 @@ def vary_wording(query: str, lang: str, rng: random.Random) -> str:
     return query
 
 
+def any_word(words: Iterable[str], lang: str) -> re.Pattern:
+    """A pattern that finds each of the words, the longest where several fit, in small or large letters."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    edge = r"\b" if lang == "en" else ""
+    return re.compile(f"{edge}(?:{'|'.join(longest_first)}){edge}", re.IGNORECASE)
+
+
 @functools.cache
-def load_synonyms(path: Path = CORPUS_FOLDER / SYNONYMS_FILE) -> dict[str, dict[str, list[str]]]:
+def load_synonyms() -> dict[str, dict[str, list[str]]]:
     """Language -> word in small letters -> what may stand in its place in a question.
 
     One group a line, its words separated by "|". Single Hanzi replace others and are not replaced: they are parts of
     too many words.
     """
     synonyms = {"zh": {}, "en": {}}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (CORPUS_FOLDER / SYNONYMS_FILE).read_text(encoding="utf-8").splitlines():
         group = line.split("|")
         lang = "en" if group[0].isascii() else "zh"
         for word in group:
@@ -256,9 +263,7 @@ def load_synonyms(path: Path = CORPUS_FOLDER / SYNONYMS_FILE) -> dict[str, dict[
 
 @functools.cache
 def _synonym_pattern(lang: str) -> re.Pattern:
-    words = sorted(map(re.escape, load_synonyms()[lang]), key=len, reverse=True)
-    edge = r"\b" if lang == "en" else ""
-    return re.compile(f"{edge}(?:{'|'.join(words)}){edge}", re.IGNORECASE)
+    return any_word(load_synonyms()[lang], lang)
 
 
 def swap_synonyms(query: str, lang: str, rng: random.Random) -> str:

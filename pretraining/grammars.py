@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from pretraining.corpus import Dialogue, Turn
+from pretraining.corpus import Dialogue, Turn, any_word
 
 HELDOUT_IN = 10  # one slot combination in ten is kept for evaluation
 SPLITS = ("train", "heldout")
@@ -2000,12 +2000,7 @@ REPLACEABLE = {
 }
 
 
-def _any_of(words: list[str], edge: str) -> re.Pattern:
-    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.compile(f"{edge}(?:{'|'.join(longest_first)}){edge}", re.IGNORECASE)
-
-
-_REPLACEABLE = {"zh": _any_of(REPLACEABLE["zh"], ""), "en": _any_of(REPLACEABLE["en"], r"\b")}
+_REPLACEABLE = {lang: any_word(words, lang) for lang, words in REPLACEABLE.items()}
 
 
 def _made_up(word: str, lang: str, rng: random.Random) -> str:
